@@ -1,0 +1,79 @@
+#include "csrc/ep/dispatch_host.h"
+
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#include "csrc/ep/row_kernels.h"
+#include "csrc/ep/token_tasks.h"
+
+namespace wideep {
+namespace {
+
+// Tasks after those of the tokens: one per rank, which zeroes that rank's tail.
+void ZeroTail(void* rows, float* row_scalars, int64_t num_rows, int64_t capacity, int64_t row_bytes) {
+  std::memset(static_cast<char*>(rows) + num_rows * row_bytes, 0, (capacity - num_rows) * row_bytes);
+  std::memset(row_scalars + num_rows, 0, (capacity - num_rows) * sizeof(float));
+}
+
+}  // namespace
+
+void Dispatch(const DispatchShape& shape, std::vector<DispatchBuffers> buffers, WorkerPool& pool,
+              std::function<void()> done) {
+  const int num_ranks = static_cast<int>(buffers.size());
+  const int64_t row_bytes = shape.hidden * static_cast<int64_t>(SizeOf(shape.dtype));
+  const TokenTasks tasks(num_ranks, shape.num_tokens, row_bytes * shape.top_k);
+  const bool stream = num_ranks * shape.num_tokens * shape.top_k * row_bytes > kStreamBytes;
+  auto ranks = std::make_shared<std::vector<DispatchBuffers>>(std::move(buffers));
+  const RowKernels& kernels = SelectRowKernels();
+  const auto task = [=, &kernels](int64_t index) {
+    if (index >= tasks.num_tasks()) {
+      const DispatchBuffers& rank = (*ranks)[index - tasks.num_tasks()];
+      ZeroTail(rank.rows, rank.row_weights, *rank.num_rows, shape.capacity, row_bytes);
+      return;
+    }
+    const DispatchBuffers& src = (*ranks)[tasks.rank(index)];
+    for (int64_t token = tasks.begin(index); token < tasks.end(index); ++token) {
+      const char* row = static_cast<const char*>(src.x) + token * row_bytes;
+      for (int64_t s = token * shape.top_k; s < (token + 1) * shape.top_k; ++s) {
+        if (src.dest_rank[s] < 0) continue;
+        const DispatchBuffers& dst = (*ranks)[src.dest_rank[s]];
+        kernels.copy(static_cast<char*>(dst.rows) + src.dest_row[s] * row_bytes, row, row_bytes, stream);
+        dst.row_weights[src.dest_row[s]] = src.weights[s];
+      }
+    }
+    kernels.finish_streams();
+  };
+  pool.Run(tasks.num_tasks() + (shape.zero_tail ? num_ranks : 0), task, std::move(done));
+}
+
+void CombineGrad(const DispatchShape& shape, std::vector<CombineGradBuffers> buffers, WorkerPool& pool,
+                 std::function<void()> done) {
+  const int num_ranks = static_cast<int>(buffers.size());
+  const int64_t row_bytes = shape.hidden * static_cast<int64_t>(SizeOf(shape.dtype));
+  const TokenTasks tasks(num_ranks, shape.num_tokens, 2 * row_bytes * shape.top_k);
+  auto ranks = std::make_shared<std::vector<CombineGradBuffers>>(std::move(buffers));
+  const RowKernels& kernels = SelectRowKernels();
+  const auto task = [=, &kernels](int64_t index) {
+    if (index >= tasks.num_tasks()) {
+      const CombineGradBuffers& rank = (*ranks)[index - tasks.num_tasks()];
+      ZeroTail(rank.dy, rank.drow_weights, *rank.num_rows, shape.capacity, row_bytes);
+      return;
+    }
+    const CombineGradBuffers& src = (*ranks)[tasks.rank(index)];
+    for (int64_t token = tasks.begin(index); token < tasks.end(index); ++token) {
+      const char* dout = static_cast<const char*>(src.dout) + token * row_bytes;
+      for (int64_t s = token * shape.top_k; s < (token + 1) * shape.top_k; ++s) {
+        if (src.dest_rank[s] < 0) continue;
+        const CombineGradBuffers& dst = (*ranks)[src.dest_rank[s]];
+        const int64_t row = src.dest_row[s];
+        dst.drow_weights[row] = kernels.scale_and_dot(
+            shape.dtype, static_cast<char*>(dst.dy) + row * row_bytes, dout, dst.row_weights[row],
+            static_cast<const char*>(dst.y) + row * row_bytes, shape.hidden);
+      }
+    }
+  };
+  pool.Run(tasks.num_tasks() + (shape.zero_tail ? num_ranks : 0), task, std::move(done));
+}
+
+}  // namespace wideep

@@ -1,0 +1,93 @@
+#include "csrc/ep/plan_host.h"
+
+#include <algorithm>
+#include <string>
+
+namespace wideep {
+namespace {
+
+Status IndexOutOfRange(const PlanShape& shape, size_t rank, int64_t selection, int32_t expert) {
+  return Status::OutOfRange("make_plan: topk_idx must lie in [-1, " + std::to_string(shape.num_experts) +
+                            "), got " + std::to_string(expert) + " on rank " + std::to_string(rank) +
+                            ", token " + std::to_string(selection / shape.top_k) + ", k " +
+                            std::to_string(selection % shape.top_k) + ". Use -1 for a masked selection");
+}
+
+Status CapacityExceeded(int rank, int64_t wanted, int64_t capacity) {
+  return Status::OutOfRange("make_plan: rank " + std::to_string(rank) + " is sent " +
+                            std::to_string(wanted) + " rows but has capacity " +
+                            std::to_string(capacity) +
+                            ". Raise capacity, leave it None (no drops), or use overflow='drop'");
+}
+
+}  // namespace
+
+Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks) {
+  const int num_ranks = shape.num_ranks;
+  const int num_experts = shape.num_experts;
+  const int local_experts = shape.local_experts();
+  const int64_t selections = shape.num_tokens * shape.top_k;
+
+  // Pass 1: who wants whom. accepted[src][expert] counts what the receiver's capacity admits.
+  std::vector<int32_t> wanted(num_experts, 0);
+  std::vector<std::vector<int32_t>> accepted(num_ranks, std::vector<int32_t>(num_experts, 0));
+  std::vector<int64_t> filled(num_ranks, 0);
+  for (int src = 0; src < num_ranks; ++src) {
+    const int32_t* idx = ranks[src].topk_idx;
+    int32_t* dest_rank = ranks[src].dest_rank;
+    for (int64_t s = 0; s < selections; ++s) {
+      const int32_t expert = idx[s];
+      if (expert < -1 || expert >= num_experts) return IndexOutOfRange(shape, src, s, expert);
+      dest_rank[s] = -1;
+      if (expert == -1) continue;
+      ++wanted[expert];
+      const int dst = expert / local_experts;
+      if (filled[dst] == shape.capacity) continue;
+      ++filled[dst];
+      ++accepted[src][expert];
+      dest_rank[s] = dst;
+    }
+  }
+
+  // Prefix sums: next_row[src][expert] is the first row of that block, on the expert's rank.
+  std::vector<std::vector<int32_t>> next_row(num_ranks, std::vector<int32_t>(num_experts));
+  for (int dst = 0; dst < num_ranks; ++dst) {
+    int32_t row = 0;
+    int64_t total_wanted = 0;
+    for (int e = 0; e < local_experts; ++e) {
+      const int expert = dst * local_experts + e;
+      const int32_t begin = row;
+      for (int src = 0; src < num_ranks; ++src) {
+        next_row[src][expert] = row;
+        row += accepted[src][expert];
+      }
+      ranks[dst].group_sizes[e] = row - begin;
+      total_wanted += wanted[expert];
+    }
+    if (shape.overflow_is_error && total_wanted > row) {
+      return CapacityExceeded(dst, total_wanted, shape.capacity);
+    }
+    *ranks[dst].num_rows = row;
+    *ranks[dst].overflow = static_cast<int32_t>(total_wanted - row);
+    std::copy(wanted.begin(), wanted.end(), ranks[dst].tokens_per_expert);
+    std::fill(ranks[dst].row_source + row, ranks[dst].row_source + shape.capacity, -1);
+  }
+
+  // Pass 2: every selection's row.
+  for (int src = 0; src < num_ranks; ++src) {
+    const PlanBuffers& rank = ranks[src];
+    for (int64_t s = 0; s < selections; ++s) {
+      const int dst = rank.dest_rank[s];
+      if (dst == -1) {
+        rank.dest_row[s] = -1;
+        continue;
+      }
+      const int32_t row = next_row[src][rank.topk_idx[s]]++;
+      rank.dest_row[s] = row;
+      ranks[dst].row_source[row] = static_cast<int32_t>(src * selections + s);
+    }
+  }
+  return Status();
+}
+
+}  // namespace wideep
