@@ -1,0 +1,327 @@
+"""Sole importer of the compiled modules and of private JAX; every branch on a version is here.
+
+Each exchange op is a primitive of our own rather than `jax.ffi.ffi_call(has_side_effect=True)`: the latter
+breaks `jax.checkpoint` on jax 0.10 and loses the varying axes under `check_vma=True`. A primitive has a
+shape rule (`_abstract`), a lowering to the custom call of the same name, and a batching rule that runs the
+batch one after the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import config as _jax_config
+from jax._src import core as _core
+from jax._src import xla_bridge as _xla_bridge
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.sharding import PartitionSpec
+
+# Oldest jaxlib whose CPU client runs more devices than threads without a hang in its own collectives.
+_JAXLIB_WITHOUT_THREAD_LIMIT = (0, 12)
+
+# ---- the compiled modules ----
+
+
+@functools.cache
+def cpu_module() -> ModuleType | None:
+    """The compiled CPU backend with its handlers registered, or None if it was not built."""
+    try:
+        module = importlib.import_module("jax_wideep._wideep_cpu")
+    except ModuleNotFoundError:
+        return None
+    jax.ffi.register_ffi_type("wideep_op_instance", module.op_instance_type(), platform="cpu")
+    for target, handler in module.handlers().items():
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    return module
+
+
+# ---- JAX's state ----
+
+
+def backend_started() -> bool:
+    """Whether JAX has made a backend, after which NPROC and the number of CPU devices are fixed."""
+    return bool(_xla_bridge.backends_are_initialized())
+
+
+def cpu_thread_limit_applies() -> bool:
+    """Whether this jaxlib can hang when a CPU client has fewer than two threads a device."""
+    import jaxlib.version
+
+    return tuple(int(n) for n in jaxlib.version.__version__.split(".")[:2]) < _JAXLIB_WITHOUT_THREAD_LIMIT
+
+
+def cpu_client_threads() -> int:
+    """Threads that XLA's CPU client has or will have: NPROC, or the processors of this process."""
+    text = os.environ.get("NPROC", "")
+    return int(text) if text.isdecimal() and int(text) > 0 else len(os.sched_getaffinity(0))
+
+
+def manual_axes() -> dict[str, int]:
+    """Size by name of the mesh axes that are manual here, that is, that a shard_map runs over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {}
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    return {name: sizes[name] for name in mesh.axis_names if name in mesh.manual_axes}
+
+
+def automatic_axes() -> dict[str, int]:
+    """Size by name of the mesh axes that are not manual here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {}
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    return {name: size for name, size in sizes.items() if name not in mesh.manual_axes}
+
+
+def current_mesh() -> jax.sharding.Mesh | None:
+    """The mesh given to `jax.set_mesh`, or None."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+# ---- varying axes (shard_map's check_vma) ----
+
+
+def varying_axes(*arrays: Any) -> frozenset[str]:
+    """The mesh axes over which any of `arrays` varies, as shard_map's type check counts them."""
+    axes: frozenset[str] = frozenset()
+    for array in arrays:
+        axes |= frozenset(_core.typeof(array).mat.varying)
+    return axes
+
+
+def vary(arrays: Sequence[Any], axes: Sequence[str] = ()) -> list[Any]:
+    """`arrays`, all varying over `axes` and over whatever any of them varies over.
+
+    The gradient of an array that was replicated is thereby summed over the ranks. Does nothing where
+    shard_map does not check (`check_vma=False`) or outside of it.
+    """
+    arrays = [jnp.asarray(array) for array in arrays]
+    if not _jax_config._check_vma.value or not manual_axes():
+        return arrays
+    wanted = varying_axes(*arrays) | frozenset(axes)
+    varied = []
+    for array in arrays:
+        missing = tuple(sorted(wanted - varying_axes(array)))
+        varied.append(jax.lax.pcast(array, missing, to="varying") if missing else array)
+    return varied
+
+
+# ---- primitives ----
+
+Spec = tuple[tuple[int, ...], Any]  # (shape, dtype)
+
+
+def _exchange_primitive(
+    name: str, outputs: Callable[..., list[Spec]], attrs: dict[str, Callable[[Any], Any]]
+) -> Primitive:
+    """A primitive that lowers to the custom call `wideep_<name>`.
+
+    Args:
+      name: the op.
+      outputs: the shape rule: from the operands' avals and the keyword parameters to the results.
+      attrs: keyword parameters that the handler takes as attributes, with their C type. Parameters that are
+        not listed only serve the shape rule.
+    """
+    primitive = Primitive(f"wideep_{name}")
+    primitive.multiple_results = True
+
+    def _abstract(*avals: Any, **params: Any) -> list[Any]:
+        varying = _core.standard_vma_rule(primitive.name, *avals)
+        return [_result_aval(shape, dtype, varying) for shape, dtype in outputs(*avals, **params)]
+
+    def _lowering(ctx: Any, *operands: Any, **params: Any) -> Any:
+        lower = jax.ffi.ffi_lowering(f"wideep_{name}", has_side_effect=True)
+        return lower(ctx, *operands, **{key: c_type(params[key]) for key, c_type in attrs.items()})
+
+    def _batching(args: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[list[Any], list[int]]:
+        """The batch runs one exchange after the other, in the same order on every rank."""
+        batched = [i for i, dim in enumerate(dims) if dim is not batching.not_mapped]
+        moved = [jnp.moveaxis(args[i], dims[i], 0) for i in batched]
+
+        def one(*slices: Any) -> list[Any]:
+            operands = list(args)
+            for i, piece in zip(batched, slices, strict=True):
+                operands[i] = piece
+            return primitive.bind(*vary(operands), **params)
+
+        results = jax.lax.map(lambda slices: one(*slices), tuple(moved))
+        return results, [0] * len(results)
+
+    primitive.def_impl(functools.partial(_not_eager, name))
+    primitive.def_abstract_eval(_abstract)
+    mlir.register_lowering(primitive, _lowering, platform="cpu")
+    batching.primitive_batchers[primitive] = _batching
+    return primitive
+
+
+def _result_aval(shape: tuple[int, ...], dtype: Any, varying: frozenset[str]) -> Any:
+    sharding = _core.get_cur_mesh_sharding(PartitionSpec(*[None] * len(shape)))
+    manual = _core.ManualAxisType(varying=varying)
+    return _core.ShapedArray(shape, jnp.dtype(dtype), sharding=sharding, manual_axis_type=manual)
+
+
+def _not_eager(name: str, *_: Any, **__: Any) -> Any:
+    raise ValueError(f"{name}: exchange ops run inside jax.shard_map under jax.jit; wrap the caller in jax.jit")
+
+
+def _plan_outputs(
+    rank: Any, topk_idx: Any, *, num_experts: int, num_ranks: int, capacity: int, **_: Any
+) -> list[Spec]:
+    return [
+        ((num_experts // num_ranks,), jnp.int32),  # group_sizes
+        ((), jnp.int32),  # num_rows
+        ((), jnp.int32),  # overflow
+        ((num_experts,), jnp.int32),  # tokens_per_expert
+        (topk_idx.shape, jnp.int32),  # dest_rank
+        (topk_idx.shape, jnp.int32),  # dest_row
+        ((capacity,), jnp.int32),  # row_source
+    ]
+
+
+def _dispatch_outputs(x: Any, weights: Any, *_: Any, capacity: int, **__: Any) -> list[Spec]:
+    return [((capacity, x.shape[1]), x.dtype), ((capacity,), jnp.float32)]
+
+
+def _dispatch_grad_outputs(drows: Any, drow_weights: Any, dest_rank: Any, *_: Any, **__: Any) -> list[Spec]:
+    num_tokens, top_k = dest_rank.shape
+    return [((num_tokens, drows.shape[1]), drows.dtype), ((num_tokens, top_k), jnp.float32)]
+
+
+def _combine_outputs(y: Any, row_weights: Any, dest_rank: Any, *_: Any, **__: Any) -> list[Spec]:
+    return [((dest_rank.shape[0], y.shape[1]), y.dtype)]
+
+
+def _combine_grad_outputs(dout: Any, y: Any, row_weights: Any, *_: Any, **__: Any) -> list[Spec]:
+    return [(y.shape, y.dtype), (row_weights.shape, jnp.float32)]
+
+
+def _quantize_outputs(x: Any) -> list[Spec]:
+    tokens, hidden = x.shape
+    return [(x.shape, jnp.float8_e4m3fn), ((tokens, hidden // 128), jnp.float32)]
+
+
+def _ll_dispatch_outputs(
+    rank: Any, payload: Any, scales: Any, topk_idx: Any, *, num_experts: int, num_ranks: int, chunk: int,
+    rows_dtype: Any, **_: Any,
+) -> list[Spec]:  # fmt: skip
+    packed = (num_experts // num_ranks, num_ranks * chunk)
+    with_scales = rows_dtype == jnp.float8_e4m3fn
+    return [
+        ((*packed, payload.shape[1]), rows_dtype),  # rows
+        ((*packed, payload.shape[1] // 128) if with_scales else (0, 0, 0), jnp.float32),  # row_scales
+        (packed[:1], jnp.int32),  # counts
+        (packed, jnp.int32),  # row_source
+    ]
+
+
+def _ll_combine_outputs(y: Any, topk_weights: Any, *_: Any, **__: Any) -> list[Spec]:
+    return [((topk_weights.shape[0], y.shape[2]), y.dtype)]
+
+
+def _ll_combine_grad_outputs(dout: Any, y: Any, topk_weights: Any, *_: Any, **__: Any) -> list[Spec]:
+    return [(y.shape, y.dtype), (topk_weights.shape, jnp.float32)]
+
+
+_GROUP = {"group": np.int64}
+_TAIL = {"zero_tail": np.bool_}
+_LL = {"num_experts": np.int64, "chunk": np.int64}
+
+_plan_p = _exchange_primitive(
+    "plan", _plan_outputs, _GROUP | {"num_experts": np.int64, "overflow_is_error": np.bool_}
+)
+_dispatch_p = _exchange_primitive("dispatch", _dispatch_outputs, _GROUP | _TAIL)
+_dispatch_grad_p = _exchange_primitive("dispatch_grad", _dispatch_grad_outputs, _GROUP)
+_combine_p = _exchange_primitive("combine", _combine_outputs, _GROUP)
+_combine_grad_p = _exchange_primitive("combine_grad", _combine_grad_outputs, _GROUP | _TAIL)
+_quantize_p = _exchange_primitive("quantize", _quantize_outputs, {})
+_ll_dispatch_p = _exchange_primitive("ll_dispatch", _ll_dispatch_outputs, _GROUP | _LL | _TAIL)
+_ll_combine_p = _exchange_primitive("ll_combine", _ll_combine_outputs, _GROUP | _LL)
+_ll_combine_grad_p = _exchange_primitive("ll_combine_grad", _ll_combine_grad_outputs, _GROUP | _LL | _TAIL)
+
+
+# ---- the ops, as functions on one rank's arrays ----
+# Shapes and meanings are those of reference.py, whose functions have the same names and signatures. All
+# operands must vary over the same axes: the public ops see to it.
+
+
+def plan(topk_idx, group, capacity, overflow_is_error):
+    operands = vary([jax.lax.axis_index(group.axis), topk_idx])
+    return _plan_p.bind(
+        *operands,
+        group=group.handle,
+        num_experts=group.num_experts,
+        num_ranks=group.num_ranks,
+        capacity=capacity,
+        overflow_is_error=overflow_is_error,
+    )
+
+
+def dispatch(x, weights, plan, zero_tail):
+    operands = vary([x, weights, plan.dest_rank, plan.dest_row, plan.num_rows])
+    return _dispatch_p.bind(
+        *operands, group=plan.group.handle, capacity=plan.capacity, zero_tail=zero_tail
+    )
+
+
+def dispatch_grad(drows, drow_weights, plan):
+    operands = vary([drows, drow_weights, plan.dest_rank, plan.dest_row])
+    return _dispatch_grad_p.bind(*operands, group=plan.group.handle)
+
+
+def combine(y, row_weights, plan):
+    operands = vary([y, row_weights, plan.dest_rank, plan.dest_row])
+    return _combine_p.bind(*operands, group=plan.group.handle)[0]
+
+
+def combine_grad(dout, y, row_weights, plan, zero_tail):
+    operands = vary([dout, y, row_weights, plan.dest_rank, plan.dest_row, plan.num_rows])
+    return _combine_grad_p.bind(*operands, group=plan.group.handle, zero_tail=zero_tail)
+
+
+def quantize(x):
+    return _quantize_p.bind(x)
+
+
+def ll_dispatch(payload, scales, topk_idx, group, rows_dtype, zero_tail):
+    no_scales = jnp.zeros((0, 0), jnp.float32)
+    rank = jax.lax.axis_index(group.axis)
+    operands = vary([rank, payload, no_scales if scales is None else scales, topk_idx])
+    rows, row_scales, counts, row_source = _ll_dispatch_p.bind(
+        *operands,
+        group=group.handle,
+        num_experts=group.num_experts,
+        num_ranks=group.num_ranks,
+        chunk=group.chunk,
+        rows_dtype=jnp.dtype(rows_dtype),
+        zero_tail=zero_tail,
+    )
+    return rows, (row_scales if row_scales.size else None), counts, row_source
+
+
+def ll_combine(y, topk_weights, counts, row_source, group):
+    operands = vary([y, topk_weights, counts, row_source])
+    return _ll_combine_p.bind(
+        *operands, group=group.handle, num_experts=group.num_experts, chunk=group.chunk
+    )[0]
+
+
+def ll_combine_grad(dout, y, topk_weights, counts, row_source, group, zero_tail):
+    operands = vary([dout, y, topk_weights, counts, row_source])
+    return _ll_combine_grad_p.bind(
+        *operands,
+        group=group.handle,
+        num_experts=group.num_experts,
+        chunk=group.chunk,
+        zero_tail=zero_tail,
+    )

@@ -1,0 +1,119 @@
+"""dispatch and combine: the throughput shape, and their paired gradients.
+
+Dispatch's gradient is a combine of the rows' cotangents, combine's gradient a dispatch of the output's: both
+follow the plan of the forward pass, so nothing is routed twice.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_wideep import _check, _ffi
+from jax_wideep._types import Float, Float32
+from jax_wideep.plan import DispatchPlan, backend_of
+
+
+def dispatch(
+    x: Float[jax.Array, "tokens hidden"],
+    topk_weights: Float[jax.Array, "tokens k"],
+    plan: DispatchPlan,
+    *,
+    zero_tail: bool = True,
+) -> tuple[Float[jax.Array, "capacity hidden"], Float32[jax.Array, " capacity"]]:
+    """Brings each token to the ranks that host its experts, in expert order.
+
+    Called inside `jax.shard_map` over the plan's group, by all ranks.
+
+    Args:
+      x: tokens of this rank; bfloat16, float16 or float32.
+      topk_weights: gate weights; used as float32. NaN and infinities travel like any other value.
+      plan: from `make_plan`.
+      zero_tail: rows past `plan.num_rows` are zero; otherwise they are unspecified, which saves writing them.
+
+    Returns:
+      rows: received tokens, packed by expert as `plan.group_sizes` counts them, in x's dtype.
+      row_weights: the gate weight of each row.
+
+    Raises:
+      ValueError: at trace time, for arguments of the wrong shape or dtype.
+      jax.errors.JaxRuntimeError: when run, for a rank that does not come within the group's deadline.
+    """
+    op = "dispatch"
+    plan.group.check_inside_shard_map(op)
+    _check.rows(op, "x", x, (plan.num_tokens, plan.group.hidden))
+    _check.gate_weights(op, "topk_weights", topk_weights, (plan.num_tokens, plan.top_k))
+    x, topk_weights, _ = _ffi.vary([x, topk_weights, plan.dest_row], plan.group.axis)
+    return _dispatch(x, topk_weights.astype(jnp.float32), plan, zero_tail)
+
+
+def combine(
+    y: Float[jax.Array, "capacity hidden"],
+    row_weights: Float[jax.Array, " capacity"],
+    plan: DispatchPlan,
+    *,
+    zero_tail: bool = True,
+) -> Float[jax.Array, "tokens hidden"]:
+    """Brings expert outputs home: out[token] = sum of row_weights * y over the token's rows.
+
+    The sum is in float32, in order of expert rank, then k, and is rounded once. Tokens without a row give
+    zeros. Called inside `jax.shard_map` over the plan's group, by all ranks.
+
+    Args:
+      y: expert outputs in the order of dispatch's rows; rows past `plan.num_rows` are ignored.
+      row_weights: weight of each row, as dispatch returned it; used as float32.
+      plan: the plan that the rows were dispatched with.
+      zero_tail: the gradient of rows past `plan.num_rows` is zero; otherwise it is unspecified.
+
+    Returns:
+      Outputs of this rank's tokens, in y's dtype.
+
+    Raises:
+      ValueError: at trace time, for arguments of the wrong shape or dtype.
+      jax.errors.JaxRuntimeError: when run, for a rank that does not come within the group's deadline.
+    """
+    op = "combine"
+    plan.group.check_inside_shard_map(op)
+    _check.rows(op, "y", y, (plan.capacity, plan.group.hidden))
+    _check.gate_weights(op, "row_weights", row_weights, (plan.capacity,))
+    y, row_weights, _ = _ffi.vary([y, row_weights, plan.dest_row], plan.group.axis)
+    return _combine(y, row_weights.astype(jnp.float32), plan, zero_tail)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dispatch(x, topk_weights, plan, zero_tail):
+    rows, row_weights = backend_of(plan.group).dispatch(x, topk_weights, plan, zero_tail)
+    return rows, row_weights
+
+
+def _dispatch_fwd(x, topk_weights, plan, zero_tail):
+    return _dispatch(x, topk_weights, plan, zero_tail), plan
+
+
+def _dispatch_bwd(zero_tail, plan, cotangents):
+    drows, drow_weights = cotangents
+    dx, dweights = backend_of(plan.group).dispatch_grad(drows, drow_weights, plan)
+    return dx, dweights, None
+
+
+_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _combine(y, row_weights, plan, zero_tail):
+    return backend_of(plan.group).combine(y, row_weights, plan)
+
+
+def _combine_fwd(y, row_weights, plan, zero_tail):
+    return _combine(y, row_weights, plan, zero_tail), (y, row_weights, plan)
+
+
+def _combine_bwd(zero_tail, residuals, dout):
+    y, row_weights, plan = residuals
+    dy, drow_weights = backend_of(plan.group).combine_grad(dout, y, row_weights, plan, zero_tail)
+    return dy, drow_weights, None
+
+
+_combine.defvjp(_combine_fwd, _combine_bwd)

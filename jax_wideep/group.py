@@ -1,0 +1,283 @@
+"""ExpertGroup: which devices exchange tokens, in which order, over which transport."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+import weakref
+from types import TracebackType
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jax_wideep import _ffi
+
+Backend = Literal["auto", "cuda", "cpu", "xla"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExpertGroup:
+    """The ranks that share a layer's experts, and the transport between them.
+
+    Made once, outside of tracing, and closed over by the functions that exchange tokens; hashable by
+    identity, so it can also be a static argument. A context manager: leaving it closes the transport.
+
+    Where the mesh has further axes, there are several groups side by side, one for each position on those
+    axes; they exchange separately.
+
+    Attributes:
+      mesh: the mesh that `jax.shard_map` runs over; None takes the one given to `jax.set_mesh`.
+      axis: mesh axes whose product is the group, in rank order (first axis major), as a tuple.
+      num_experts: experts over all ranks; a multiple of `num_ranks`. Rank r hosts experts
+        [r * local_experts, (r + 1) * local_experts).
+      top_k: experts per token.
+      hidden: hidden size, a multiple of 8 (of 128 for an FP8 wire).
+      backend: "cpu" (compiled, ranks are CPU devices of this process), "cuda" (compiled, GPUs), "xla" (JAX
+        collectives only; any devices, any number of hosts), or "auto": the compiled one for the mesh's
+        devices where it is built, otherwise "xla". After construction: the one chosen.
+      chunk: most tokens per rank and call in the low-latency shape.
+      deadline_s: seconds after which a rank that has not come is reported as missing.
+
+    Raises:
+      ValueError: naming the argument, what was expected and what to do.
+    """
+
+    mesh: jax.sharding.Mesh | None = None
+    axis: str | tuple[str, ...] = "expert"
+    num_experts: int = dataclasses.field(kw_only=True)
+    top_k: int = dataclasses.field(kw_only=True)
+    hidden: int = dataclasses.field(kw_only=True)
+    backend: Backend = dataclasses.field(default="auto", kw_only=True)
+    chunk: int = dataclasses.field(default=128, kw_only=True)
+    deadline_s: float = dataclasses.field(default=30.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        axis = (self.axis,) if isinstance(self.axis, str) else tuple(self.axis)
+        mesh = self.mesh if self.mesh is not None else _ffi.current_mesh()
+        if mesh is None:
+            raise ValueError(
+                "ExpertGroup: mesh: expected a jax.sharding.Mesh, got None and jax.set_mesh was not called; "
+                "pass mesh=jax.make_mesh(...)"
+            )
+        _check_settings(self, mesh, axis)
+        backend = _choose_backend(self.backend, mesh)
+        set_field = object.__setattr__
+        set_field(self, "mesh", mesh)
+        set_field(self, "axis", axis)
+        set_field(self, "backend", backend)
+        set_field(self, "_transport", _open_transport(self) if backend == "cpu" else _NoTransport())
+        # A group that is dropped without close() frees its transport all the same.
+        set_field(self, "_finalizer", weakref.finalize(self, self._transport.close))
+
+    # ---- sizes ----
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of one group (R)."""
+        shape = self.mesh.shape
+        return int(np.prod([shape[name] for name in self.axis]))
+
+    @property
+    def local_experts(self) -> int:
+        """Experts that each rank hosts, num_experts / num_ranks."""
+        return self.num_experts // self.num_ranks
+
+    # ---- lifetime ----
+
+    def close(self) -> None:
+        """Frees the transport. Exchanges that still wait fail, and so does every later one."""
+        self._transport.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._transport.closed
+
+    def __enter__(self) -> ExpertGroup:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def handle(self) -> int:
+        """The number under which the compiled backend knows this group."""
+        return self._transport.handle
+
+    # ---- use inside shard_map ----
+
+    def is_manual(self) -> bool:
+        """Whether the code being traced runs inside a shard_map over all of the group's axes."""
+        return set(self.axis) <= set(_ffi.manual_axes())
+
+    def check_inside_shard_map(self, op: str) -> None:
+        """Raises ValueError unless `op` is being traced where the group's ranks are separate."""
+        if self.closed:
+            raise ValueError(
+                f"{op}: group: expected an open ExpertGroup, got one that was closed; keep it open (leave its "
+                "`with` block, or call close()) only after the last function that uses it has run"
+            )
+        manual = _ffi.manual_axes()
+        missing = [name for name in self.axis if name not in manual]
+        if missing:
+            raise ValueError(
+                f"{op}: expected to be called inside jax.shard_map over mesh axes {self.axis}, got manual axes "
+                f"{tuple(manual)}; wrap the caller in jax.shard_map(..., mesh=group.mesh)"
+            )
+        automatic = {name: size for name, size in _ffi.automatic_axes().items() if size > 1}
+        if automatic:
+            raise ValueError(
+                f"{op}: expected every mesh axis to be manual, got axes {automatic} left to the partitioner, which "
+                "cannot split an exchange; do not pass axis_names to jax.shard_map, or list all axes there"
+            )
+        for name in self.axis:
+            if manual[name] != self.mesh.shape[name]:
+                raise ValueError(
+                    f"{op}: expected mesh axis {name!r} of size {self.mesh.shape[name]} as in the group's mesh, "
+                    f"got {manual[name]}; build the ExpertGroup from the mesh that shard_map uses"
+                )
+
+
+def use_cpu_devices(num_devices: int) -> None:
+    """Makes JAX's CPU backend show `num_devices` devices, with threads enough for their collectives.
+
+    Call it before anything that starts a backend (`jax.devices()`, an array, a group).
+
+    Raises:
+      RuntimeError: a backend is already running, with another number of devices or too few threads.
+    """
+    threads = 2 * num_devices
+    if _ffi.backend_started():
+        devices = len(jax.local_devices(backend="cpu"))
+        if devices != num_devices or (_ffi.cpu_thread_limit_applies() and _ffi.cpu_client_threads() < threads):
+            raise RuntimeError(
+                f"use_cpu_devices: expected to be called before JAX starts a backend, got one that runs {devices} "
+                f"CPU devices on {_ffi.cpu_client_threads()} threads; call use_cpu_devices({num_devices}) first "
+                "thing in the program"
+            )
+        return
+    os.environ["NPROC"] = str(max(threads, _ffi.cpu_client_threads()))
+    jax.config.update("jax_num_cpu_devices", num_devices)
+
+
+class _NoTransport:
+    """What a group on the backend "xla" owns: nothing but whether it is open."""
+
+    handle = 0
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class _CpuTransport:
+    """A group's entry in the compiled CPU backend."""
+
+    def __init__(self, module: Any, num_ranks: int, deadline_s: float, places: list[tuple[int, int, int]]):
+        self._module = module
+        self.handle: int = module.open_group(num_ranks, deadline_s, places)
+        self.closed = False
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._module.close_group(self.handle)
+
+
+def _open_transport(group: ExpertGroup) -> _CpuTransport:
+    """Tells the compiled backend which rank of which subgroup every device of the mesh is."""
+    mesh, axis = group.mesh, group.axis
+    positions = [mesh.axis_names.index(name) for name in axis]
+    by_rank = np.moveaxis(mesh.devices, positions, range(len(positions))).reshape(group.num_ranks, -1)
+    places = [
+        (device.id, subgroup, rank)
+        for rank, row in enumerate(by_rank)
+        for subgroup, device in enumerate(row)
+    ]
+    return _CpuTransport(_ffi.cpu_module(), group.num_ranks, group.deadline_s, places)
+
+
+def _check_settings(group: ExpertGroup, mesh: jax.sharding.Mesh, axis: tuple[str, ...]) -> None:
+    for name in axis:
+        if name not in mesh.axis_names:
+            raise ValueError(
+                f"ExpertGroup: axis: expected names among the mesh axes {mesh.axis_names}, got {name!r}; make the "
+                f"mesh with that axis or pass axis={mesh.axis_names!r}"
+            )
+    if not axis or len(set(axis)) != len(axis):
+        raise ValueError(f"ExpertGroup: axis: expected one or more distinct mesh axes, got {axis}")
+    for name, minimum in (("num_experts", 1), ("top_k", 1), ("hidden", 8), ("chunk", 1)):
+        value = getattr(group, name)
+        if not isinstance(value, (int, np.integer)) or value < minimum:
+            raise ValueError(f"ExpertGroup: {name}: expected an int of at least {minimum}, got {value!r}")
+    num_ranks = int(np.prod([mesh.shape[name] for name in axis]))
+    if group.num_experts % num_ranks:
+        raise ValueError(
+            f"ExpertGroup: num_experts: expected a multiple of the {num_ranks} ranks of axis {axis}, got "
+            f"{group.num_experts}; use {-(-group.num_experts // num_ranks) * num_ranks} experts or other mesh axes"
+        )
+    if group.top_k > min(group.num_experts, 64):
+        raise ValueError(
+            f"ExpertGroup: top_k: expected at most num_experts={group.num_experts} (and 64), got {group.top_k}"
+        )
+    if group.hidden % 8:
+        raise ValueError(f"ExpertGroup: hidden: expected a multiple of 8, got {group.hidden}; pad the rows")
+    if not group.deadline_s > 0:
+        raise ValueError(f"ExpertGroup: deadline_s: expected more than 0 seconds, got {group.deadline_s!r}")
+
+
+def _choose_backend(asked: str, mesh: jax.sharding.Mesh) -> Backend:
+    if asked not in ("auto", "cuda", "cpu", "xla"):
+        raise ValueError(f"ExpertGroup: backend: expected 'auto', 'cuda', 'cpu' or 'xla', got {asked!r}")
+    platforms = {device.platform for device in mesh.devices.flat}
+    if asked == "xla":
+        return "xla"
+    if asked == "cuda":
+        raise ValueError(
+            "ExpertGroup: backend: 'cuda' is not built into this installation; use backend='xla' on GPUs"
+        )
+    local = all(device.process_index == jax.process_index() for device in mesh.devices.flat)
+    built = _ffi.cpu_module() is not None
+    if asked == "cpu":
+        if platforms != {"cpu"}:
+            raise ValueError(
+                f"ExpertGroup: backend: 'cpu' needs a mesh of CPU devices, got {sorted(platforms)}; use "
+                "backend='auto', or a mesh of jax.devices('cpu')"
+            )
+        if not local:
+            raise ValueError(
+                "ExpertGroup: backend: 'cpu' needs all devices of the mesh in this process, got a mesh that spans "
+                "processes; use backend='xla'"
+            )
+        if not built:
+            raise ValueError(
+                "ExpertGroup: backend: 'cpu' is not built into this installation (no module _wideep_cpu); run "
+                "`pip install .` with a C++17 compiler, or use backend='xla'"
+            )
+    elif platforms != {"cpu"} or not local:
+        return "xla"
+    elif not built:
+        warnings.warn(
+            "jax_wideep: the compiled CPU backend is not built; using JAX collectives (backend='xla')",
+            stacklevel=4,
+        )
+        return "xla"
+    _check_cpu_threads(mesh)
+    return "cpu"
+
+
+def _check_cpu_threads(mesh: jax.sharding.Mesh) -> None:
+    """XLA's CPU collectives, which run beside ours, can hang below two threads a device (jaxlib < 0.12)."""
+    needed = 2 * mesh.devices.size
+    threads = _ffi.cpu_client_threads()
+    if _ffi.cpu_thread_limit_applies() and threads < needed:
+        raise ValueError(
+            f"ExpertGroup: NPROC: expected at least {needed} threads for {mesh.devices.size} CPU devices on this "
+            f"jaxlib, got {threads}; call jax_wideep.use_cpu_devices({mesh.devices.size}) before JAX starts, or "
+            f"set NPROC={needed} in the environment"
+        )
