@@ -5,6 +5,7 @@ CMake parses this file as text: keep one `NAME = [` per list and one quoted path
 
 # csrc without CUDA: no XLA, no Python.
 HOST_SOURCES = [
+    "csrc/core/elastic_threads.cc",
     "csrc/core/worker_pool.cc",
     "csrc/ep/combine_host.cc",
     "csrc/ep/dispatch_host.cc",
@@ -16,6 +17,7 @@ HOST_SOURCES = [
 
 HOST_HEADERS = [
     "csrc/core/dtype.h",
+    "csrc/core/elastic_threads.h",
     "csrc/core/float_env.h",
     "csrc/core/status.h",
     "csrc/core/worker_pool.h",
@@ -52,7 +54,15 @@ CPU_FFI_HEADERS = [
 
 CPP_TESTS = [
     "tests/cpp/exchange_test.cc",
+    "tests/cpp/low_latency_test.cc",
     "tests/cpp/plan_test.cc",
     "tests/cpp/rendezvous_test.cc",
     "tests/cpp/row_kernels_test.cc",
+    "tests/cpp/worker_pool_test.cc",
+]
+
+CPP_TEST_HEADERS = [
+    "tests/cpp/check.h",
+    "tests/cpp/exchange_testing.h",
+    "tests/cpp/number_formats.h",
 ]

@@ -1,7 +1,12 @@
 """Expert-parallel communication for Mixture-of-Experts models in JAX."""
 
+import importlib
+from typing import Any
+
+from jax_wideep import routing
 from jax_wideep.exchange import combine, dispatch
 from jax_wideep.group import ExpertGroup, use_cpu_devices
+from jax_wideep.grouped_matmul import grouped_matmul
 from jax_wideep.low_latency import (
     Received,
     ll_combine,
@@ -11,6 +16,15 @@ from jax_wideep.low_latency import (
     ll_dispatch_recv,
     ll_dispatch_send,
 )
+from jax_wideep.moe import CHECKPOINT_NAMES, MoEStats, moe_ffn
 from jax_wideep.plan import DispatchPlan, make_plan
+from jax_wideep.routing import RouterConfig
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`jax_wideep.flax` is imported on first use, so that Flax stays optional."""
+    if name == "flax":
+        return importlib.import_module("jax_wideep.flax")
+    raise AttributeError(f"module 'jax_wideep' has no attribute {name!r}")

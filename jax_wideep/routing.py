@@ -241,7 +241,7 @@ def route(
         logits = jnp.where(token_mask[:, None], logits, 0.0)
     scores = jax.nn.softmax(logits, axis=-1) if config.score == "softmax" else jax.nn.sigmoid(logits)
 
-    topk_idx = _choose(jax.lax.stop_gradient(scores), config, selection_bias)
+    topk_idx = _choose(scores, config, selection_bias)
     if config.renormalize:
         # A softmax of the chosen log-scores is the quotient by their sum, without 0 / 0 where all underflow.
         log_score = jax.nn.log_softmax if config.score == "softmax" else jax.nn.log_sigmoid
@@ -399,9 +399,9 @@ def _choose(
     config: RouterConfig,
     selection_bias: Float[Array, " experts"] | None,
 ) -> Int32[Array, "tokens k"]:
-    """The `top_k` experts of each token, best first."""
+    """The `top_k` experts of each token, best first; integers, so nothing here carries a gradient."""
     if selection_bias is not None:
-        scores = scores + jax.lax.stop_gradient(selection_bias).astype(jnp.float32)
+        scores = scores + selection_bias.astype(jnp.float32)
     # NaN compares differently from backend to backend: rank it below everything before it is compared.
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     if config.group_top_k < config.num_groups:

@@ -62,6 +62,11 @@ Status PlaceRows(const LowLatencyShape& shape, const std::vector<LowLatencyDispa
   return Status();
 }
 
+Status ForeignRecv(const char* array, int64_t got, const std::string& expected) {
+  return Status::InvalidArgument("ll_combine: recv does not belong to this call: " + std::string(array) +
+                                 " holds " + std::to_string(got) + ", expected " + expected);
+}
+
 Status FindRows(const LowLatencyShape& shape, const std::vector<LowLatencyCombineBuffers>& ranks,
                 SelectionRows& placed) {
   const int64_t selections = shape.num_ranks * shape.num_tokens * shape.top_k;
@@ -70,13 +75,14 @@ Status FindRows(const LowLatencyShape& shape, const std::vector<LowLatencyCombin
   for (int rank = 0; rank < shape.num_ranks; ++rank) {
     for (int e = 0; e < shape.local_experts(); ++e) {
       const int64_t first = e * shape.rows_per_expert();
-      const int64_t count = std::min<int64_t>(ranks[rank].counts[e], shape.rows_per_expert());
+      const int64_t count = ranks[rank].counts[e];
+      if (count < 0 || count > shape.rows_per_expert()) {
+        return ForeignRecv("counts", count, "[0, " + std::to_string(shape.rows_per_expert()) + "]");
+      }
       for (int64_t row = first; row < first + count; ++row) {
         const int32_t source = ranks[rank].row_source[row];
         if (source < 0 || source >= selections) {
-          return Status::InvalidArgument("ll_combine: recv does not belong to this call: row_source holds " +
-                                         std::to_string(source) + ", expected [0, " +
-                                         std::to_string(selections) + ")");
+          return ForeignRecv("row_source", source, "[0, " + std::to_string(selections) + ")");
         }
         placed.rank[source] = rank;
         placed.row[source] = static_cast<int32_t>(row);

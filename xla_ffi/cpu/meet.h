@@ -6,9 +6,12 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
+#include "csrc/core/elastic_threads.h"
+#include "csrc/core/float_env.h"
 #include "csrc/transport/host_rendezvous.h"
 #include "xla_ffi/cpu/group_registry.h"
 #include "xla_ffi/ffi_util.h"
@@ -31,6 +34,29 @@ struct CallSite {
   ffi::RunId run_id;
   OpInstance* instance;
   int64_t group;
+};
+
+/// Tells a completion whether it runs inside the handler call that it belongs to.
+class HandlerScope {
+ public:
+  class Running {
+   public:
+    bool OnThisThread() const { return std::this_thread::get_id() == thread_ && *inside_; }
+
+   private:
+    friend class HandlerScope;
+    std::thread::id thread_ = std::this_thread::get_id();
+    std::shared_ptr<bool> inside_ = std::make_shared<bool>(true);  // touched by `thread_` only
+  };
+
+  HandlerScope() = default;
+  ~HandlerScope() { *running_.inside_ = false; }
+  HandlerScope(const HandlerScope&) = delete;
+  HandlerScope& operator=(const HandlerScope&) = delete;
+  const Running& running() const { return running_; }
+
+ private:
+  Running running_;
 };
 
 inline ffi::Future FailedFuture(const Status& status) {
@@ -71,12 +97,23 @@ ffi::Future Meet(const char* op, const CallSite& site, const Shape& shape, const
   arrival.op = op;
   arrival.deadline = group->deadline;
   arrival.args = std::make_shared<Brought>(Brought{shape, buffers});
-  arrival.done = [promise](const Status& status) mutable {
-    if (status.ok()) {
-      promise.SetAvailable();
-    } else {
-      promise.SetError(ToFfiError(status));
-    }
+  HandlerScope handler;
+  arrival.done = [promise, running = handler.running(), env = GetFloatEnv()](const Status& status) {
+    const auto complete = [promise, status] {
+      ffi::Promise handle = promise;
+      if (status.ok()) {
+        handle.SetAvailable();
+      } else {
+        handle.SetError(ToFfiError(status));
+      }
+    };
+    // Completing a future runs what XLA scheduled behind it, and that may block: its own collectives wait
+    // for the other ranks. Only while this rank's handler has not returned is nothing behind it yet.
+    if (running.OnThisThread()) return complete();
+    ElasticThreads::Global().Run([complete, env] {
+      SetFloatEnv(env);  // of XLA's thread, so that the rank computes the same bits on ours
+      complete();
+    });
   };
   const MeetingKey key{site.run_id.run_id, site.instance->number, site.group, place->second.subgroup};
   HostRendezvous::Global().Arrive(

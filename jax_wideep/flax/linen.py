@@ -1,0 +1,110 @@
+"""MoE: the drop-in layer for Flax linen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jax_wideep.flax import _layer
+from jax_wideep.group import ExpertGroup
+from jax_wideep.low_latency import Quantize
+from jax_wideep.moe import Activation, Mode, MoEStats
+from jax_wideep.plan import Overflow
+from jax_wideep.routing import RouterConfig
+
+
+class Gate(nn.Module):
+    """Holds the router's kernel, float32 [hidden, num_experts], under the name `gate.kernel`."""
+
+    spec: _layer.ParamSpec
+    mesh: jax.sharding.Mesh
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("kernel", _partitioned(self.spec, self.mesh), self.spec.shape, self.spec.dtype)
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts feed-forward layer with experts spread over the group's ranks.
+
+    The linen form of `jax_wideep.flax.MoE`: same attributes as its arguments, same parameters, same values.
+    A selection bias lives in the collection `router_state` as `selection_bias`.
+    """
+
+    hidden: int
+    ffn: int
+    num_experts: int
+    top_k: int
+    group: ExpertGroup
+    router: RouterConfig | None = None
+    activation: Activation = "swiglu"
+    shared_ffn: int = 0
+    mode: Mode = "throughput"
+    capacity: int | None = None
+    capacity_factor: float | None = None
+    overflow: Overflow = "drop"
+    quantize: Quantize = "fp8"
+    batch_axes: tuple[str, ...] | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        token_mask: jax.Array | None = None,
+        jitter_rng: jax.Array | None = None,
+        return_stats: bool = False,
+    ) -> jax.Array | tuple[jax.Array, MoEStats]:
+        """Applies the layer; arguments and results are those of `jax_wideep.flax.MoE.__call__`."""
+        config = _layer.make_config(
+            hidden=self.hidden,
+            ffn=self.ffn,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            group=self.group,
+            router=self.router,
+            activation=self.activation,
+            shared_ffn=self.shared_ffn,
+            mode=self.mode,
+            capacity=self.capacity,
+            capacity_factor=self.capacity_factor,
+            overflow=self.overflow,
+            quantize=self.quantize,
+            batch_axes=self.batch_axes,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        params = {}
+        for name, spec in _layer.param_specs(config).items():
+            if name == "gate.kernel":
+                params[name] = Gate(spec, config.group.mesh, name="gate")()
+            else:
+                params[name] = self.param(name, _partitioned(spec, config.group.mesh), spec.shape, spec.dtype)
+        bias = None
+        if config.router.use_selection_bias:
+            bias = self.variable(
+                "router_state", "selection_bias", jnp.zeros, (self.num_experts,), jnp.float32
+            ).value
+        out, stats = _layer.apply(
+            config,
+            params,
+            x,
+            selection_bias=bias,
+            token_mask=token_mask,
+            jitter_rng=jitter_rng,
+            return_stats=return_stats,
+        )
+        return (out, stats) if return_stats else out
+
+
+def _partitioned(spec: _layer.ParamSpec, mesh: jax.sharding.Mesh) -> Any:
+    def init(*args: Any) -> jax.Array:
+        return _layer.lay_out(mesh, spec.init(*args), PartitionSpec(*spec.partition))
+
+    return nn.with_partitioning(init, spec.partition)

@@ -1,0 +1,161 @@
+"""MoE: the drop-in layer for Flax nnx."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_wideep.flax import _layer
+from jax_wideep.group import ExpertGroup
+from jax_wideep.low_latency import Quantize
+from jax_wideep.moe import Activation, Mode, MoEStats
+from jax_wideep.plan import Overflow
+from jax_wideep.routing import RouterConfig, update_selection_bias
+
+
+class SelectionBias(nnx.Variable):
+    """The router's selection bias: state, not a parameter; no gradient reaches it."""
+
+
+class Gate(nnx.Module):
+    """The router's parameters.
+
+    Attributes:
+      kernel: float32 [hidden, num_experts].
+      selection_bias: float32 [num_experts] if the router uses one, otherwise None.
+    """
+
+    def __init__(self, kernel: nnx.Param, selection_bias: SelectionBias | None):
+        self.kernel = kernel
+        self.selection_bias = selection_bias
+
+
+class MoE(nnx.Module):
+    """A Mixture-of-Experts feed-forward layer with experts spread over the group's ranks.
+
+    Takes and returns global arrays, under `nnx.jit` or not; it runs its own `jax.shard_map` over the group's
+    mesh. Inside somebody else's shard_map over the group's axes it works on the shards it is given.
+
+    Parameters: `gate.kernel` [hidden, num_experts] float32; `wi` [num_experts, hidden, 2 * ffn] (gate before
+    up; ffn columns without a gate); `wo` [num_experts, ffn, hidden]; with shared experts `shared_wi`,
+    `shared_wo`. Experts carry partitioning metadata over `group.axis`.
+
+    Args:
+      hidden: hidden size.
+      ffn: inner size of an expert.
+      num_experts: experts over all ranks.
+      top_k: experts per token.
+      group: the ExpertGroup.
+      rngs: uses the stream `params`.
+      router: how experts are chosen; None is softmax with renormalised top-k.
+      activation: "swiglu", "gelu" or "relu2".
+      shared_ffn: inner size of a shared expert that every token goes through (n shared experts of size f are
+        one of size n * f); 0 for none.
+      mode: "throughput" for training and prefill, "low_latency" for decode; an attribute that can be changed.
+      capacity: rows a rank can receive; None drops nothing.
+      capacity_factor: the same as a multiple of tokens * top_k per rank, the average load.
+      overflow: see make_plan.
+      quantize: wire format of low-latency mode.
+      batch_axes: mesh axes that tokens are spread over; None is all of them.
+      dtype: of the computation; None is the input's.
+      param_dtype: of the experts' parameters.
+
+    Raises:
+      ValueError: settings that contradict each other or the group.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        ffn: int,
+        num_experts: int,
+        top_k: int,
+        group: ExpertGroup,
+        *,
+        rngs: nnx.Rngs,
+        router: RouterConfig | None = None,
+        activation: Activation = "swiglu",
+        shared_ffn: int = 0,
+        mode: Mode = "throughput",
+        capacity: int | None = None,
+        capacity_factor: float | None = None,
+        overflow: Overflow = "drop",
+        quantize: Quantize = "fp8",
+        batch_axes: tuple[str, ...] | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+    ):
+        self.config = _layer.make_config(
+            hidden=hidden,
+            ffn=ffn,
+            num_experts=num_experts,
+            top_k=top_k,
+            group=group,
+            router=router,
+            activation=activation,
+            shared_ffn=shared_ffn,
+            mode=mode,
+            capacity=capacity,
+            capacity_factor=capacity_factor,
+            overflow=overflow,
+            quantize=quantize,
+            batch_axes=batch_axes,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
+        made = {}
+        for name, spec in _layer.param_specs(self.config).items():
+            init = nnx.with_partitioning(spec.init, spec.partition, mesh=group.mesh)
+            made[name] = nnx.Param(init(rngs.params(), spec.shape, spec.dtype))
+        bias = None
+        if self.config.router.use_selection_bias:
+            bias = SelectionBias(jnp.zeros(num_experts, jnp.float32))
+        self.gate = Gate(made.pop("gate.kernel"), bias)
+        for name, param in made.items():
+            setattr(self, name, param)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        token_mask: jax.Array | None = None,
+        jitter_rng: jax.Array | None = None,
+        return_stats: bool = False,
+    ) -> jax.Array | tuple[jax.Array, MoEStats]:
+        """Applies the layer.
+
+        Args:
+          x: [batch, seq, hidden], or any [..., hidden]. Fastest where the batch is a multiple of the ranks.
+          token_mask: bool, x's shape without hidden; False marks padding, which is routed nowhere.
+          jitter_rng: key for the router's input noise while training; None for none.
+          return_stats: whether to return statistics as well.
+
+        Returns:
+          Output in the shape and dtype of x; with `return_stats` also a MoEStats over all ranks.
+        """
+        params = {"gate.kernel": self.gate.kernel[...], "wi": self.wi[...], "wo": self.wo[...]}
+        if self.config.shared_ffn:
+            params |= {"shared_wi": self.shared_wi[...], "shared_wo": self.shared_wo[...]}
+        bias = self.gate.selection_bias
+        out, stats = _layer.apply(
+            self.config,
+            params,
+            x,
+            selection_bias=None if bias is None else bias[...],
+            token_mask=token_mask,
+            jitter_rng=jitter_rng,
+            return_stats=return_stats,
+        )
+        return (out, stats) if return_stats else out
+
+    def update_selection_bias(self, stats: MoEStats, rate: float = 1e-3) -> None:
+        """Moves the selection bias towards even load (arXiv:2408.15664); call it once a training step."""
+        bias = self.gate.selection_bias
+        if bias is None:
+            raise ValueError(
+                "MoE.update_selection_bias: expected a router with use_selection_bias=True, got one without"
+            )
+        bias[...] = update_selection_bias(bias[...], stats.tokens_per_expert, rate)

@@ -1,0 +1,190 @@
+"""moe_ffn: the experts of a Mixture-of-Experts layer, from a routing decision to the tokens' outputs.
+
+    topk_idx, topk_weights (routing)  ->  plan  ->  dispatch  ->  experts  ->  combine       mode "throughput"
+                                      ->  ll_dispatch  ->  experts  ->  ll_combine           mode "low_latency"
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_wideep import _check, _ffi
+from jax_wideep._types import Float, Float32, Int32
+from jax_wideep.exchange import combine, dispatch
+from jax_wideep.group import ExpertGroup
+from jax_wideep.grouped_matmul import Implementation, grouped_matmul
+from jax_wideep.low_latency import Quantize, ll_combine, ll_dispatch
+from jax_wideep.plan import DispatchPlan, Overflow, make_plan
+
+Mode = Literal["throughput", "low_latency"]
+Activation = Literal["swiglu", "gelu", "relu2"]
+
+#: Names that jax.checkpoint policies can save or offload (jax.checkpoint_policies.save_only_these_names).
+CHECKPOINT_NAMES = ("wideep_dispatch_rows", "wideep_expert_hidden", "wideep_combine_output")
+
+
+class MoEStats(NamedTuple):
+    """What a layer saw; a pytree of arrays.
+
+    Attributes:
+      tokens_per_expert: selections of every expert, over all ranks, dropped ones included.
+      overflow: selections dropped; on this rank's receive side from moe_ffn, over all ranks from the layers.
+      aux_loss: load-balance loss of the router over all ranks; None from moe_ffn, which does not route.
+      z_loss: mean squared logsumexp of the router's logits over all ranks; None from moe_ffn.
+    """
+
+    tokens_per_expert: Int32[jax.Array, " experts"]
+    overflow: Int32[jax.Array, ""]
+    aux_loss: Float32[jax.Array, ""] | None = None
+    z_loss: Float32[jax.Array, ""] | None = None
+
+
+def moe_ffn(
+    x: Float[jax.Array, "tokens hidden"],
+    topk_idx: Int32[jax.Array, "tokens k"],
+    topk_weights: Float[jax.Array, "tokens k"],
+    wi: Float[jax.Array, "local_experts hidden inner"],
+    wo: Float[jax.Array, "local_experts ffn hidden"],
+    group: ExpertGroup,
+    *,
+    mode: Mode = "throughput",
+    capacity: int | None = None,
+    overflow: Overflow = "drop",
+    activation: Activation = "swiglu",
+    quantize: Quantize = "fp8",
+    plan: DispatchPlan | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[Float[jax.Array, "tokens hidden"], MoEStats]:
+    """Sends tokens to their experts, applies them, and sums the outputs at home.
+
+        out[t] = sum over k of topk_weights[t, k] * expert[topk_idx[t, k]](x[t])
+        expert(x) = activation(x @ wi) @ wo
+
+    Called inside `jax.shard_map` over `group.axis`, by all ranks, on one rank's shards.
+
+    Args:
+      x: tokens of this rank; bfloat16, float16 or float32.
+      topk_idx: experts of each token; -1 masks a selection.
+      topk_weights: gate weights.
+      wi: first matrices of this rank's experts, in x's dtype: [local_experts, hidden, 2 * ffn], gate before up,
+        for "swiglu", otherwise [local_experts, hidden, ffn].
+      wo: second matrices, in x's dtype.
+      group: the ExpertGroup.
+      mode: "throughput" plans first and sends exactly what is needed, for training and prefill. "low_latency"
+        sends without a plan, for decode; tokens above `group.chunk` go in several microbatches.
+      capacity: rows a rank can receive, see make_plan; throughput mode only.
+      overflow: what happens above the capacity, see make_plan.
+      activation: "swiglu" silu(gate) * up (arXiv:2002.05202), "gelu" (arXiv:1606.08415, tanh form), or "relu2"
+        relu(x)^2 (arXiv:2109.08668).
+      quantize: wire format of low-latency mode, see ll_dispatch.
+      plan: a plan already made from topk_idx over this group, to make no second one; throughput mode only.
+      implementation: of the expert products, see grouped_matmul.
+
+    Returns:
+      Outputs in x's dtype, and statistics.
+
+    Raises:
+      ValueError: at trace time, for arguments of the wrong shape or dtype.
+      jax.errors.JaxRuntimeError: when run, as make_plan and ll_dispatch say.
+    """
+    op = "moe_ffn"
+    group.check_inside_shard_map(op)
+    _check.rows(op, "x", x, ("tokens", group.hidden))
+    _check.topk_idx(op, topk_idx, group)
+    _check.shape(op, "topk_idx", topk_idx, (x.shape[0], group.top_k), "one row per token of x")
+    _check.gate_weights(op, "topk_weights", topk_weights, topk_idx.shape)
+    _check_experts(op, x, wi, wo, group, activation)
+    if mode not in ("throughput", "low_latency"):
+        raise ValueError(f"{op}: mode: expected 'throughput' or 'low_latency', got {mode!r}")
+    if mode == "low_latency":
+        if plan is not None or capacity is not None:
+            raise ValueError(
+                f"{op}: plan, capacity: expected None in mode 'low_latency', which makes no plan and drops nothing; "
+                "leave them out, or use mode='throughput'"
+            )
+        return _low_latency(x, topk_idx, topk_weights, wi, wo, group, activation, quantize, implementation)
+
+    if plan is None:
+        plan = make_plan(topk_idx, group, capacity=capacity, overflow=overflow)
+    elif plan.group is not group:
+        raise ValueError(
+            f"{op}: plan: expected one made over the group that was passed, got one of another ExpertGroup; use one "
+            "group for make_plan, dispatch and combine"
+        )
+    elif plan.num_tokens != x.shape[0]:
+        raise ValueError(f"{op}: plan: expected one for {x.shape[0]} tokens, got one for {plan.num_tokens}")
+    # No op below looks at rows past the plan's, so nobody has to clear them.
+    rows, row_weights = dispatch(x, topk_weights, plan, zero_tail=False)
+    rows = checkpoint_name(rows, CHECKPOINT_NAMES[0])
+    y = _experts(rows, wi, wo, plan.group_sizes, activation, implementation)
+    out = checkpoint_name(combine(y, row_weights, plan, zero_tail=False), CHECKPOINT_NAMES[2])
+    return out, MoEStats(plan.tokens_per_expert, plan.overflow)
+
+
+def activate(hidden: jax.Array, activation: Activation) -> jax.Array:
+    """The activation of an expert on [..., inner]; "swiglu" halves the last axis."""
+    if activation == "swiglu":
+        gate, up = jnp.split(hidden, 2, axis=-1)
+        return jax.nn.silu(gate) * up
+    if activation == "gelu":
+        return jax.nn.gelu(hidden, approximate=True)
+    return jnp.square(jax.nn.relu(hidden))
+
+
+def inner_size(ffn: int, activation: Activation) -> int:
+    """Columns of wi for experts of inner size `ffn`."""
+    return 2 * ffn if activation == "swiglu" else ffn
+
+
+def _experts(rows, wi, wo, group_sizes, activation, implementation):
+    hidden = grouped_matmul(rows, wi, group_sizes, implementation=implementation)
+    hidden = checkpoint_name(hidden, CHECKPOINT_NAMES[1])
+    return grouped_matmul(activate(hidden, activation), wo, group_sizes, implementation=implementation)
+
+
+def _low_latency(x, topk_idx, topk_weights, wi, wo, group, activation, quantize, implementation):
+    def one_microbatch(x, topk_idx, topk_weights):
+        recv = ll_dispatch(x, topk_idx, group, quantize=quantize, zero_tail=False)
+        rows = checkpoint_name(recv.rows, CHECKPOINT_NAMES[0])
+        y = _experts(rows, wi, wo, recv.counts, activation, implementation)
+        return checkpoint_name(ll_combine(y, topk_weights, recv, zero_tail=False), CHECKPOINT_NAMES[2])
+
+    tokens = x.shape[0]
+    if tokens <= group.chunk:
+        out = one_microbatch(x, topk_idx, topk_weights)
+    else:
+        batches = -(-tokens // group.chunk)
+        spare = batches * group.chunk - tokens
+
+        def split(array: jax.Array, fill: int) -> jax.Array:
+            padded = jnp.pad(array, ((0, spare), (0, 0)), constant_values=fill)
+            return padded.reshape(batches, group.chunk, array.shape[1])
+
+        pieces = (split(x, 0), split(topk_idx, -1), split(topk_weights, 0))
+        out = jax.lax.map(lambda piece: one_microbatch(*piece), pieces).reshape(-1, x.shape[1])[:tokens]
+
+    counted = jnp.where(topk_idx >= 0, topk_idx, group.num_experts).reshape(-1)
+    own = jnp.zeros(group.num_experts, jnp.int32).at[counted].add(1, mode="drop")
+    (own,) = _ffi.vary([own], group.axis)
+    (dropped,) = _ffi.vary([jnp.int32(0)], tuple(_ffi.varying_axes(own)))
+    return out, MoEStats(jax.lax.psum(own, group.axis), dropped)
+
+
+def _check_experts(op, x, wi, wo, group, activation):
+    if activation not in ("swiglu", "gelu", "relu2"):
+        raise ValueError(f"{op}: activation: expected 'swiglu', 'gelu' or 'relu2', got {activation!r}")
+    _check.shape(op, "wo", wo, (group.local_experts, "ffn", group.hidden), "pass this rank's experts only")
+    inner = inner_size(wo.shape[1], activation)
+    _check.shape(
+        op,
+        "wi",
+        wi,
+        (group.local_experts, group.hidden, inner),
+        "wi has 2 * ffn columns (gate before up) for 'swiglu', otherwise ffn",
+    )
+    for name, matrix in (("wi", wi), ("wo", wo)):
+        _check.dtype(op, name, matrix, (x.dtype,), "cast x and the experts to one dtype")
