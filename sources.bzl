@@ -53,6 +53,7 @@ CPU_FFI_HEADERS = [
 ]
 
 CPP_TESTS = [
+    "tests/cpp/elastic_threads_test.cc",
     "tests/cpp/exchange_test.cc",
     "tests/cpp/low_latency_test.cc",
     "tests/cpp/plan_test.cc",
@@ -65,4 +66,38 @@ CPP_TEST_HEADERS = [
     "tests/cpp/check.h",
     "tests/cpp/exchange_testing.h",
     "tests/cpp/number_formats.h",
+]
+
+# The grouped GEMM: csrc, so no XLA and no Python.
+GEMM_CUDA_SOURCES = [
+    "csrc/gemm/forward.cu",
+    "csrc/gemm/grouped_matmul.cc",
+    "csrc/gemm/input_grad.cu",
+    "csrc/gemm/schedule.cu",
+    "csrc/gemm/tensor_map.cc",
+    "csrc/gemm/weight_grad.cu",
+]
+
+GEMM_CUDA_HEADERS = [
+    "csrc/core/ptx.h",
+    "csrc/gemm/grouped_matmul.h",
+    "csrc/gemm/product.h",
+    "csrc/gemm/product_config.cuh",
+    "csrc/gemm/product_kernel.cuh",
+    "csrc/gemm/product_load.cuh",
+    "csrc/gemm/product_output.cuh",
+    "csrc/gemm/schedule.h",
+    "csrc/gemm/tensor_map.h",
+    "csrc/gemm/tile_finder.cuh",
+]
+
+# FFI handlers and the nanobind module of the CUDA backend; host compiler only.
+CUDA_FFI_SOURCES = [
+    "xla_ffi/cuda/grouped_matmul.cc",
+    "xla_ffi/cuda/module.cc",
+]
+
+CUDA_FFI_HEADERS = [
+    "xla_ffi/cuda/handlers.h",
+    "xla_ffi/ffi_util.h",
 ]

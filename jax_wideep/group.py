@@ -87,7 +87,10 @@ class ExpertGroup:
     # ---- lifetime ----
 
     def close(self) -> None:
-        """Frees the transport. Exchanges that still wait fail, and so does every later one."""
+        """Frees the transport. Exchanges that have not run yet fail, and so does every later one.
+
+        JAX runs asynchronously: wait for results (`jax.block_until_ready`) before closing.
+        """
         self._transport.close()
 
     @property

@@ -57,7 +57,7 @@ def grouped_matmul(
     _check.dtype(op, "rows", rows, _check.ROW_DTYPES)
     _check.dtype(op, "w", w, (rows.dtype,), "cast rows and w to one dtype")
     if rows.ndim == 3:
-        _check.shape(op, "rows", rows, (w.shape[0], "m", "n_in"), "one slab per matrix of w")
+        _check.shape(op, "rows", rows, (w.shape[0], "m", rows.shape[2]), "one slab per matrix of w")
     if implementation not in ("auto", "loop", "xla"):
         raise ValueError(f"{op}: implementation: expected 'auto', 'loop' or 'xla', got {implementation!r}")
     rows, w, group_sizes = _ffi.vary([rows, w, group_sizes])

@@ -28,6 +28,8 @@ def _gather(array: jax.Array, group: ExpertGroup) -> jax.Array:
 
 def _sum_at_home(array: jax.Array, group: ExpertGroup) -> jax.Array:
     """Sums [ranks * n, ...] over the ranks; each keeps its own n."""
+    if array.shape[0] == 0:
+        return array  # a scatter of nothing is not allowed
     return jax.lax.psum_scatter(array, group.axis, scatter_dimension=0, tiled=True)
 
 

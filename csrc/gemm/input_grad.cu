@@ -1,0 +1,10 @@
+#include "csrc/gemm/product_kernel.cuh"
+
+namespace wideep {
+
+Status LaunchInputGrad(const ProductTypes& types, const ProductParams& params, int num_sms,
+                       cudaStream_t stream) {
+  return LaunchProductOf<Product::kInputGrad>(types, params, num_sms, stream);
+}
+
+}  // namespace wideep

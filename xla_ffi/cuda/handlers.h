@@ -1,0 +1,9 @@
+// The CUDA backend's handlers; each is defined in the file of its op.
+#pragma once
+
+#include "xla/ffi/api/c_api.h"
+
+extern "C" {
+XLA_FFI_Error* WideepGroupedMatmul(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* WideepGroupedMatmulWeightGrad(XLA_FFI_CallFrame* call_frame);
+}

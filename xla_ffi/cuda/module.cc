@@ -1,0 +1,34 @@
+// _wideep_cuda: the handlers of the CUDA backend.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+
+#include <tuple>
+
+#include "csrc/gemm/grouped_matmul.h"
+#include "xla_ffi/cuda/handlers.h"
+#include "xla_ffi/ffi_util.h"
+
+namespace nb = nanobind;
+
+namespace wideep {
+namespace {
+
+nb::dict Handlers() {
+  nb::dict handlers;
+  handlers["wideep_grouped_matmul"] = HandlerCapsule(WideepGroupedMatmul);
+  handlers["wideep_grouped_matmul_weight_grad"] = HandlerCapsule(WideepGroupedMatmulWeightGrad);
+  return handlers;
+}
+
+}  // namespace
+}  // namespace wideep
+
+NB_MODULE(_wideep_cuda, m) {
+  m.doc() = "Handlers of the CUDA backend. Private: use the functions of jax_wideep.";
+  m.def(
+      "ffi_api_version", [] { return std::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
+      "The FFI version this module was built against.");
+  m.def("handlers", wideep::Handlers, "target name -> capsule, or stage -> capsule");
+  m.def("grouped_matmul_workspace_bytes", wideep::GroupedMatmulWorkspaceBytes,
+        nb::arg("num_groups"), "size of the workspace result of the grouped_matmul handlers");
+}
