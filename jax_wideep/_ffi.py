@@ -120,10 +120,11 @@ def vary(arrays: Sequence[Any], axes: Sequence[str] = ()) -> list[Any]:
 # ---- primitives ----
 
 Spec = tuple[tuple[int, ...], Any]  # (shape, dtype)
+Attrs = dict[str, Callable[[Any], Any]]  # keyword parameter -> the C type it goes out as
 
 
 def _exchange_primitive(
-    name: str, outputs: Callable[..., list[Spec]], attrs: dict[str, Callable[[Any], Any]]
+    name: str, outputs: Callable[..., list[Spec]], attrs: Attrs
 ) -> Primitive:
     """A primitive that lowers to the custom call `wideep_<name>`.
 
@@ -165,7 +166,7 @@ def _exchange_primitive(
     return primitive
 
 
-def _result_aval(shape: tuple[int, ...], dtype: Any, varying: frozenset[str]) -> Any:
+def _result_aval(shape: tuple[int, ...], dtype: Any, varying: frozenset[Any]) -> Any:
     sharding = _core.get_cur_mesh_sharding(PartitionSpec(*[None] * len(shape)))
     manual = _core.ManualAxisType(varying=varying)
     return _core.ShapedArray(shape, jnp.dtype(dtype), sharding=sharding, manual_axis_type=manual)
@@ -186,6 +187,8 @@ def _plan_outputs(
         (topk_idx.shape, jnp.int32),  # dest_rank
         (topk_idx.shape, jnp.int32),  # dest_row
         ((capacity,), jnp.int32),  # row_source
+        ((capacity,), jnp.int32),  # arrival_rows
+        ((num_ranks,), jnp.int32),  # rows_per_source
     ]
 
 
@@ -233,9 +236,9 @@ def _ll_combine_grad_outputs(dout: Any, y: Any, topk_weights: Any, *_: Any, **__
     return [(y.shape, y.dtype), (topk_weights.shape, jnp.float32)]
 
 
-_GROUP = {"group": np.int64}
-_TAIL = {"zero_tail": np.bool_}
-_LL = {"num_experts": np.int64, "chunk": np.int64}
+_GROUP: Attrs = {"group": np.int64}
+_TAIL: Attrs = {"zero_tail": np.bool_}
+_LL: Attrs = {"num_experts": np.int64, "chunk": np.int64}
 
 _plan_p = _exchange_primitive(
     "plan", _plan_outputs, _GROUP | {"num_experts": np.int64, "overflow_is_error": np.bool_}

@@ -19,6 +19,7 @@ Overflow = Literal["drop", "error"]
     jax.tree_util.register_dataclass,
     data_fields=[
         "group_sizes", "num_rows", "overflow", "tokens_per_expert", "dest_rank", "dest_row", "row_source",
+        "arrival_rows", "rows_per_source",
     ],
     meta_fields=["group", "capacity", "num_tokens", "top_k"],
 )  # fmt: skip
@@ -37,6 +38,8 @@ class DispatchPlan:
       dest_rank: rank that each selection went to, -1 where masked or dropped.
       dest_row: row there, or -1.
       row_source: for each row, (source rank * num_tokens + token) * top_k + k, or -1.
+      arrival_rows: this rank's rows in order of source rank, token, k, then -1.
+      rows_per_source: rows that came from each rank; they lie one after the other in `arrival_rows`.
       group: the group it was made for.
       capacity: rows that a rank can receive.
       num_tokens: tokens per rank.
@@ -50,6 +53,8 @@ class DispatchPlan:
     dest_rank: Int32[jax.Array, "tokens k"]
     dest_row: Int32[jax.Array, "tokens k"]
     row_source: Int32[jax.Array, " capacity"]
+    arrival_rows: Int32[jax.Array, " capacity"]
+    rows_per_source: Int32[jax.Array, " ranks"]
     group: ExpertGroup
     capacity: int
     num_tokens: int
@@ -110,7 +115,7 @@ def make_plan(
         )
     (topk_idx,) = _ffi.vary([topk_idx], group.axis)
     arrays = backend_of(group).plan(topk_idx, group, capacity, overflow == "error")
-    return DispatchPlan(*arrays, group=group, capacity=capacity, num_tokens=num_tokens, top_k=top_k)
+    return DispatchPlan(*arrays, group, capacity, num_tokens, top_k)
 
 
 def backend_of(group: ExpertGroup) -> Any:

@@ -78,6 +78,10 @@ def plan(
     row_source = jnp.full(capacity, -1, jnp.int32).at[here].set(
         jnp.arange(expert.size, dtype=jnp.int32), mode="drop"
     )
+    # `arrival` leaves no gaps: a rank that is full stays full.
+    arrival_rows = jnp.full(capacity, -1, jnp.int32).at[jnp.where(rank == me, arrival, capacity)].set(
+        row, mode="drop"
+    )
     own = (num_ranks, tokens, top_k)
     return (
         sizes_by_rank[me],
@@ -87,6 +91,8 @@ def plan(
         rank.reshape(own)[me],
         row.reshape(own)[me],
         row_source,
+        arrival_rows,
+        jnp.sum(rank.reshape(num_ranks, -1) == me, axis=1, dtype=jnp.int32),
     )
 
 

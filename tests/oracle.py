@@ -19,6 +19,8 @@ class Plan:
     dest_rank: np.ndarray  # [ranks, tokens, k]
     dest_row: np.ndarray  # [ranks, tokens, k]
     row_source: np.ndarray  # [ranks, capacity]
+    arrival_rows: np.ndarray  # [ranks, capacity]
+    rows_per_source: np.ndarray  # [ranks, ranks]
 
 
 def make_plan(topk_idx: np.ndarray, num_experts: int, capacity: int) -> Plan:
@@ -34,6 +36,8 @@ def make_plan(topk_idx: np.ndarray, num_experts: int, capacity: int) -> Plan:
         dest_rank=np.full(topk_idx.shape, -1, np.int32),
         dest_row=np.full(topk_idx.shape, -1, np.int32),
         row_source=np.full((num_ranks, capacity), -1, np.int32),
+        arrival_rows=np.full((num_ranks, capacity), -1, np.int32),
+        rows_per_source=np.zeros((num_ranks, num_ranks), np.int32),
     )
     for source, expert in enumerate(topk_idx.reshape(-1)):
         if expert < 0:
@@ -55,6 +59,10 @@ def make_plan(topk_idx: np.ndarray, num_experts: int, capacity: int) -> Plan:
                 plan.row_source[rank, row] = source
                 row += 1
         plan.num_rows[rank] = row
+        order = np.argsort(plan.row_source[rank, :row])
+        plan.arrival_rows[rank, :row] = order
+        for source in plan.row_source[rank, :row]:
+            plan.rows_per_source[rank, source // (tokens * top_k)] += 1
     return plan
 
 

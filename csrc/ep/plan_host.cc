@@ -71,11 +71,14 @@ Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks) {
     *ranks[dst].overflow = static_cast<int32_t>(total_wanted - row);
     std::copy(wanted.begin(), wanted.end(), ranks[dst].tokens_per_expert);
     std::fill(ranks[dst].row_source + row, ranks[dst].row_source + shape.capacity, -1);
+    std::fill(ranks[dst].arrival_rows + row, ranks[dst].arrival_rows + shape.capacity, -1);
   }
 
-  // Pass 2: every selection's row.
+  // Pass 2: every selection's row, taken in order of arrival.
+  std::vector<int32_t> arrived(num_ranks, 0);
   for (int src = 0; src < num_ranks; ++src) {
     const PlanBuffers& rank = ranks[src];
+    for (int dst = 0; dst < num_ranks; ++dst) ranks[dst].rows_per_source[src] = -arrived[dst];
     for (int64_t s = 0; s < selections; ++s) {
       const int dst = rank.dest_rank[s];
       if (dst == -1) {
@@ -85,7 +88,9 @@ Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks) {
       const int32_t row = next_row[src][rank.topk_idx[s]]++;
       rank.dest_row[s] = row;
       ranks[dst].row_source[row] = static_cast<int32_t>(src * selections + s);
+      ranks[dst].arrival_rows[arrived[dst]++] = row;
     }
+    for (int dst = 0; dst < num_ranks; ++dst) ranks[dst].rows_per_source[src] += arrived[dst];
   }
   return Status();
 }

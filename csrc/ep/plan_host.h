@@ -35,6 +35,8 @@ struct PlanBuffers {
   int32_t* dest_rank;          // out [num_tokens, top_k]; -1 = masked or dropped
   int32_t* dest_row;           // out [num_tokens, top_k]; row on dest_rank, or -1
   int32_t* row_source;         // out [capacity]; (source rank * num_tokens + token) * top_k + k, or -1
+  int32_t* arrival_rows;       // out [capacity]; rows in order of source rank, token, k, then -1
+  int32_t* rows_per_source;    // out [num_ranks]; rows received from each source rank
 };
 
 /// Selections are taken in order of source rank, token, k until a rank's capacity is full; the rest are

@@ -347,20 +347,23 @@ TEST(RoundTripThroughThePlan) {
   const int64_t capacity = num_ranks * num_tokens * top_k;
   const PlanShape plan_shape{num_ranks, num_tokens, top_k, 8, capacity, true};
   const DispatchShape shape{num_tokens, top_k, hidden, capacity, DType::kF32, true};
-  std::vector<std::vector<int32_t>> topk_idx, dest_rank, dest_row, row_source, experts, groups,
-      scalars;
+  std::vector<std::vector<int32_t>> topk_idx, dest_rank, dest_row, row_source, arrival_rows,
+      rows_per_source, experts, groups, scalars;
   std::vector<PlanBuffers> plan;
   for (int rank = 0; rank < num_ranks; ++rank) {
     topk_idx.push_back(ChooseExperts(random, Routing::kUniform, num_tokens, top_k, 8, num_ranks));
     dest_rank.emplace_back(num_tokens * top_k);
     dest_row.emplace_back(num_tokens * top_k);
     row_source.emplace_back(capacity);
+    arrival_rows.emplace_back(capacity);
+    rows_per_source.emplace_back(num_ranks);
     experts.emplace_back(8);
     groups.emplace_back(2);
     scalars.emplace_back(2);
     plan.push_back({topk_idx[rank].data(), groups[rank].data(), &scalars[rank][0],
                     &scalars[rank][1], experts[rank].data(), dest_rank[rank].data(),
-                    dest_row[rank].data(), row_source[rank].data()});
+                    dest_row[rank].data(), row_source[rank].data(), arrival_rows[rank].data(),
+                    rows_per_source[rank].data()});
   }
   CHECK(MakePlan(plan_shape, plan).ok());
   std::vector<GuardedBytes> x, rows, row_weights, out;

@@ -23,6 +23,8 @@ struct RankPlan {
   std::vector<int32_t> dest_rank;
   std::vector<int32_t> dest_row;
   std::vector<int32_t> row_source;
+  std::vector<int32_t> arrival_rows;
+  std::vector<int32_t> rows_per_source;
 };
 
 // The definition, taken literally: list what each rank is sent, cut the list, sort it by expert.
@@ -38,6 +40,8 @@ std::vector<RankPlan> NaivePlan(const PlanShape& shape, const Routed& topk_idx) 
     rank.dest_rank.assign(selections, -1);
     rank.dest_row.assign(selections, -1);
     rank.row_source.assign(shape.capacity, -1);
+    rank.arrival_rows.assign(shape.capacity, -1);
+    rank.rows_per_source.assign(shape.num_ranks, 0);
     rank.group_sizes.assign(shape.local_experts(), 0);
     rank.tokens_per_expert.assign(shape.num_experts, 0);
   }
@@ -56,6 +60,7 @@ std::vector<RankPlan> NaivePlan(const PlanShape& shape, const Routed& topk_idx) 
     plan[dst].overflow = static_cast<int32_t>(static_cast<int64_t>(sent.size()) - kept);
     plan[dst].num_rows = static_cast<int32_t>(kept);
     sent.resize(kept);
+    const std::vector<Selection> arrived = sent;
     std::stable_sort(sent.begin(), sent.end(),
                      [](const Selection& a, const Selection& b) { return a.expert < b.expert; });
     for (int64_t row = 0; row < kept; ++row) {
@@ -64,6 +69,10 @@ std::vector<RankPlan> NaivePlan(const PlanShape& shape, const Routed& topk_idx) 
           static_cast<int32_t>(sent[row].src * selections + sent[row].index);
       plan[sent[row].src].dest_rank[sent[row].index] = dst;
       plan[sent[row].src].dest_row[sent[row].index] = static_cast<int32_t>(row);
+    }
+    for (int64_t i = 0; i < kept; ++i) {
+      plan[dst].arrival_rows[i] = plan[arrived[i].src].dest_row[arrived[i].index];
+      ++plan[dst].rows_per_source[arrived[i].src];
     }
   }
   return plan;
@@ -76,8 +85,15 @@ class PlanOutputs {
     const int64_t selections = shape.num_tokens * shape.top_k;
     for (int rank = 0; rank < shape.num_ranks; ++rank) {
       Arrays arrays;
-      const int64_t lengths[] = {
-          shape.local_experts(), 1, 1, shape.num_experts, selections, selections, shape.capacity};
+      const int64_t lengths[] = {shape.local_experts(),
+                                 1,
+                                 1,
+                                 shape.num_experts,
+                                 selections,
+                                 selections,
+                                 shape.capacity,
+                                 shape.capacity,
+                                 shape.num_ranks};
       for (int64_t length : lengths) arrays.outputs.emplace_back(length * 4);
       PlanBuffers buffers;
       buffers.topk_idx = topk_idx[rank].data();
@@ -88,6 +104,8 @@ class PlanOutputs {
       buffers.dest_rank = arrays.outputs[4].as<int32_t>();
       buffers.dest_row = arrays.outputs[5].as<int32_t>();
       buffers.row_source = arrays.outputs[6].as<int32_t>();
+      buffers.arrival_rows = arrays.outputs[7].as<int32_t>();
+      buffers.rows_per_source = arrays.outputs[8].as<int32_t>();
       ranks_.push_back(std::move(arrays));
       buffers_.push_back(buffers);
     }
@@ -106,6 +124,8 @@ class PlanOutputs {
       CheckArray("dest_rank", buffers_[rank].dest_rank, want.dest_rank);
       CheckArray("dest_row", buffers_[rank].dest_row, want.dest_row);
       CheckArray("row_source", buffers_[rank].row_source, want.row_source);
+      CheckArray("arrival_rows", buffers_[rank].arrival_rows, want.arrival_rows);
+      CheckArray("rows_per_source", buffers_[rank].rows_per_source, want.rows_per_source);
       for (const GuardedBytes& output : ranks_[rank].outputs) CHECK(output.GuardsIntact());
     }
   }
@@ -184,8 +204,11 @@ TEST(OrderIsSourceRankThenTokenThenK) {
   // Experts 0, 1 live on rank 0 and 2, 3 on rank 1. Rank 0 is sent five rows and keeps four.
   const Routed topk_idx = {{1, 0, 0, 3}, {1, -1, 0, 2}};
   std::vector<RankPlan> expected(2);
-  expected[0] = {{2, 2}, 4, 1, {3, 2, 1, 1}, {0, 0, 0, 1}, {2, 0, 1, 1}, {1, 2, 0, 4}};
-  expected[1] = {{1, 1}, 2, 0, {3, 2, 1, 1}, {0, -1, -1, 1}, {3, -1, -1, 0}, {7, 3, -1, -1}};
+  expected[0] = {{2, 2},       4,     1, {3, 2, 1, 1}, {0, 0, 0, 1}, {2, 0, 1, 1}, {1, 2, 0, 4},
+                 {2, 0, 1, 3}, {3, 1}};
+  expected[1] = {
+      {1, 1},         2,     0, {3, 2, 1, 1}, {0, -1, -1, 1}, {3, -1, -1, 0}, {7, 3, -1, -1},
+      {1, 0, -1, -1}, {1, 1}};
   PlanOutputs outputs(shape, topk_idx);
   CHECK(outputs.Make().ok());
   outputs.CheckSame(expected);

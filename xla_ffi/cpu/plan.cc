@@ -16,7 +16,8 @@ ffi::Future PlanImpl(int32_t device, ffi::RunId run_id, OpInstance* instance, in
                      ffi::Result<I32Vector> group_sizes, ffi::Result<I32Scalar> num_rows,
                      ffi::Result<I32Scalar> overflow, ffi::Result<I32Vector> tokens_per_expert,
                      ffi::Result<I32Matrix> dest_rank, ffi::Result<I32Matrix> dest_row,
-                     ffi::Result<I32Vector> row_source) {
+                     ffi::Result<I32Vector> row_source, ffi::Result<I32Vector> arrival_rows,
+                     ffi::Result<I32Vector> rows_per_source) {
   PlanShape shape;
   shape.num_ranks = static_cast<int>(num_experts / std::max<int64_t>(1, group_sizes->dimensions()[0]));
   shape.num_tokens = topk_idx.dimensions()[0];
@@ -27,7 +28,8 @@ ffi::Future PlanImpl(int32_t device, ffi::RunId run_id, OpInstance* instance, in
   const PlanBuffers buffers{topk_idx.typed_data(),   group_sizes->typed_data(),
                             num_rows->typed_data(),  overflow->typed_data(),
                             tokens_per_expert->typed_data(), dest_rank->typed_data(),
-                            dest_row->typed_data(),  row_source->typed_data()};
+                            dest_row->typed_data(),  row_source->typed_data(),
+                            arrival_rows->typed_data(), rows_per_source->typed_data()};
   const int32_t mesh_rank = *rank.typed_data();
   const auto check = [&](const HostGroup& host_group, HostGroup::Place place) {
     if (host_group.num_ranks != shape.num_ranks) {
@@ -66,4 +68,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(WideepPlan, wideep::PlanImpl,
                                   .Ret<wideep::I32Vector>()   // tokens_per_expert [experts]
                                   .Ret<wideep::I32Matrix>()   // dest_rank [tokens, k]
                                   .Ret<wideep::I32Matrix>()   // dest_row [tokens, k]
-                                  .Ret<wideep::I32Vector>()); // row_source [capacity]
+                                  .Ret<wideep::I32Vector>()   // row_source [capacity]
+                                  .Ret<wideep::I32Vector>()   // arrival_rows [capacity]
+                                  .Ret<wideep::I32Vector>());  // rows_per_source [ranks]
