@@ -36,7 +36,10 @@ def quantize(
     """
     tokens, hidden = x.shape
     blocks = x.astype(jnp.float32).reshape(tokens, hidden // QUANT_BLOCK, QUANT_BLOCK)
-    amax = jnp.maximum(jnp.max(jnp.abs(blocks), axis=2), _MIN_AMAX)
+    # Magnitudes ordered as integers, where NaN is the largest: XLA's CPU maximum of floats may lose a NaN.
+    magnitude = jax.lax.bitcast_convert_type(jnp.abs(blocks), jnp.int32)
+    floor = jnp.float32(_MIN_AMAX).view(jnp.int32)
+    amax = jax.lax.bitcast_convert_type(jnp.maximum(jnp.max(magnitude, axis=2), floor), jnp.float32)
     scales = amax * jnp.float32(1 / _FP8_MAX)
     q = (blocks * (1 / scales)[:, :, None]).astype(jnp.float8_e4m3fn)
     return q.reshape(tokens, hidden), scales
