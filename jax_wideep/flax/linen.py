@@ -59,6 +59,7 @@ class MoE(nn.Module):
         *,
         token_mask: jax.Array | None = None,
         jitter_rng: jax.Array | None = None,
+        mode: Mode | None = None,
         return_stats: bool = False,
     ) -> jax.Array | tuple[jax.Array, MoEStats]:
         """Applies the layer; arguments and results are those of `jax_wideep.flax.MoE.__call__`."""
@@ -71,7 +72,7 @@ class MoE(nn.Module):
             router=self.router,
             activation=self.activation,
             shared_ffn=self.shared_ffn,
-            mode=self.mode,
+            mode=self.mode if mode is None else mode,
             capacity=self.capacity,
             capacity_factor=self.capacity_factor,
             overflow=self.overflow,
@@ -100,7 +101,7 @@ class MoE(nn.Module):
             jitter_rng=jitter_rng,
             return_stats=return_stats,
         )
-        return (out, stats) if return_stats else out
+        return out if stats is None else (out, stats)
 
 
 def _partitioned(spec: _layer.ParamSpec, mesh: jax.sharding.Mesh) -> Any:

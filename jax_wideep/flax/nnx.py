@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -54,7 +55,7 @@ class MoE(nnx.Module):
       activation: "swiglu", "gelu" or "relu2".
       shared_ffn: inner size of a shared expert that every token goes through (n shared experts of size f are
         one of size n * f); 0 for none.
-      mode: "throughput" for training and prefill, "low_latency" for decode; an attribute that can be changed.
+      mode: "throughput" for training and prefill, "low_latency" for decode; calls may choose the other.
       capacity: rows a rank can receive; None drops nothing.
       capacity_factor: the same as a multiple of tokens * top_k per rank, the average load.
       overflow: see make_plan.
@@ -106,16 +107,19 @@ class MoE(nnx.Module):
             dtype=dtype,
             param_dtype=param_dtype,
         )
-        made = {}
+        made: dict[str, nnx.Param] = {}
         for name, spec in _layer.param_specs(self.config).items():
             init = nnx.with_partitioning(spec.init, spec.partition, mesh=group.mesh)
             made[name] = nnx.Param(init(rngs.params(), spec.shape, spec.dtype))
         bias = None
         if self.config.router.use_selection_bias:
             bias = SelectionBias(jnp.zeros(num_experts, jnp.float32))
-        self.gate = Gate(made.pop("gate.kernel"), bias)
-        for name, param in made.items():
-            setattr(self, name, param)
+        self.gate = Gate(made["gate.kernel"], bias)
+        self.wi = made["wi"]
+        self.wo = made["wo"]
+        if shared_ffn:
+            self.shared_wi = made["shared_wi"]
+            self.shared_wo = made["shared_wo"]
 
     def __call__(
         self,
@@ -123,6 +127,7 @@ class MoE(nnx.Module):
         *,
         token_mask: jax.Array | None = None,
         jitter_rng: jax.Array | None = None,
+        mode: Mode | None = None,
         return_stats: bool = False,
     ) -> jax.Array | tuple[jax.Array, MoEStats]:
         """Applies the layer.
@@ -131,6 +136,7 @@ class MoE(nnx.Module):
           x: [batch, seq, hidden], or any [..., hidden]. Fastest where the batch is a multiple of the ranks.
           token_mask: bool, x's shape without hidden; False marks padding, which is routed nowhere.
           jitter_rng: key for the router's input noise while training; None for none.
+          mode: for this call, in place of the layer's own.
           return_stats: whether to return statistics as well.
 
         Returns:
@@ -141,7 +147,7 @@ class MoE(nnx.Module):
             params |= {"shared_wi": self.shared_wi[...], "shared_wo": self.shared_wo[...]}
         bias = self.gate.selection_bias
         out, stats = _layer.apply(
-            self.config,
+            self.config if mode is None else dataclasses.replace(self.config, mode=mode),
             params,
             x,
             selection_bias=None if bias is None else bias[...],
@@ -149,7 +155,7 @@ class MoE(nnx.Module):
             jitter_rng=jitter_rng,
             return_stats=return_stats,
         )
-        return (out, stats) if return_stats else out
+        return out if stats is None else (out, stats)
 
     def update_selection_bias(self, stats: MoEStats, rate: float = 1e-3) -> None:
         """Moves the selection bias towards even load (arXiv:2408.15664); call it once a training step."""
