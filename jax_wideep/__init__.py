@@ -20,6 +20,28 @@ from jax_wideep.moe import CHECKPOINT_NAMES, MoEStats, moe_ffn
 from jax_wideep.plan import DispatchPlan, make_plan
 from jax_wideep.routing import RouterConfig
 
+__all__ = [
+    "CHECKPOINT_NAMES",
+    "DispatchPlan",
+    "ExpertGroup",
+    "MoEStats",
+    "Received",
+    "RouterConfig",
+    "combine",
+    "dispatch",
+    "grouped_matmul",
+    "ll_combine",
+    "ll_combine_recv",
+    "ll_combine_send",
+    "ll_dispatch",
+    "ll_dispatch_recv",
+    "ll_dispatch_send",
+    "make_plan",
+    "moe_ffn",
+    "routing",
+    "use_cpu_devices",
+]
+
 __version__ = "0.1.0"
 
 

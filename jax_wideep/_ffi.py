@@ -123,9 +123,7 @@ Spec = tuple[tuple[int, ...], Any]  # (shape, dtype)
 Attrs = dict[str, Callable[[Any], Any]]  # keyword parameter -> the C type it goes out as
 
 
-def _exchange_primitive(
-    name: str, outputs: Callable[..., list[Spec]], attrs: Attrs
-) -> Primitive:
+def _exchange_primitive(name: str, outputs: Callable[..., list[Spec]], attrs: Attrs) -> Primitive:
     """A primitive that lowers to the custom call `wideep_<name>`.
 
     Args:
@@ -147,7 +145,7 @@ def _exchange_primitive(
 
     def _batching(args: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[list[Any], list[int]]:
         """The batch runs one exchange after the other, in the same order on every rank."""
-        batched = [i for i, dim in enumerate(dims) if dim is not batching.not_mapped]
+        batched = [i for i, dim in enumerate(dims) if dim is not None]
         moved = [jnp.moveaxis(args[i], dims[i], 0) for i in batched]
 
         def one(*slices: Any) -> list[Any]:
@@ -173,7 +171,9 @@ def _result_aval(shape: tuple[int, ...], dtype: Any, varying: frozenset[Any]) ->
 
 
 def _not_eager(name: str, *_: Any, **__: Any) -> Any:
-    raise ValueError(f"{name}: exchange ops run inside jax.shard_map under jax.jit; wrap the caller in jax.jit")
+    raise ValueError(
+        f"{name}: exchange ops run inside jax.shard_map under jax.jit; wrap the caller in jax.jit"
+    )
 
 
 def _plan_outputs(
@@ -272,9 +272,7 @@ def plan(topk_idx, group, capacity, overflow_is_error):
 
 def dispatch(x, weights, plan, zero_tail):
     operands = vary([x, weights, plan.dest_rank, plan.dest_row, plan.num_rows])
-    return _dispatch_p.bind(
-        *operands, group=plan.group.handle, capacity=plan.capacity, zero_tail=zero_tail
-    )
+    return _dispatch_p.bind(*operands, group=plan.group.handle, capacity=plan.capacity, zero_tail=zero_tail)
 
 
 def dispatch_grad(drows, drow_weights, plan):

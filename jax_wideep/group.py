@@ -44,7 +44,7 @@ class ExpertGroup:
       ValueError: naming the argument, what was expected and what to do.
     """
 
-    mesh: jax.sharding.Mesh | None = None
+    mesh: jax.sharding.Mesh = None  # type: ignore[assignment]  # None only until __post_init__
     axis: str | tuple[str, ...] = "expert"
     num_experts: int = dataclasses.field(kw_only=True)
     top_k: int = dataclasses.field(kw_only=True)
@@ -52,6 +52,7 @@ class ExpertGroup:
     backend: Backend = dataclasses.field(default="auto", kw_only=True)
     chunk: int = dataclasses.field(default=128, kw_only=True)
     deadline_s: float = dataclasses.field(default=30.0, kw_only=True)
+    _transport: _CpuTransport | _NoTransport = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         axis = (self.axis,) if isinstance(self.axis, str) else tuple(self.axis)
@@ -155,7 +156,9 @@ def use_cpu_devices(num_devices: int) -> None:
     threads = 2 * num_devices
     if _ffi.backend_started():
         devices = len(jax.local_devices(backend="cpu"))
-        if devices != num_devices or (_ffi.cpu_thread_limit_applies() and _ffi.cpu_client_threads() < threads):
+        if devices != num_devices or (
+            _ffi.cpu_thread_limit_applies() and _ffi.cpu_client_threads() < threads
+        ):
             raise RuntimeError(
                 f"use_cpu_devices: expected to be called before JAX starts a backend, got one that runs {devices} "
                 f"CPU devices on {_ffi.cpu_client_threads()} threads; call use_cpu_devices({num_devices}) first "
@@ -198,9 +201,7 @@ def _open_transport(group: ExpertGroup) -> _CpuTransport:
     positions = [mesh.axis_names.index(name) for name in axis]
     by_rank = np.moveaxis(mesh.devices, positions, range(len(positions))).reshape(group.num_ranks, -1)
     places = [
-        (device.id, subgroup, rank)
-        for rank, row in enumerate(by_rank)
-        for subgroup, device in enumerate(row)
+        (device.id, subgroup, rank) for rank, row in enumerate(by_rank) for subgroup, device in enumerate(row)
     ]
     return _CpuTransport(_ffi.cpu_module(), group.num_ranks, group.deadline_s, places)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_wideep import _check, _ffi
-from jax_wideep._types import Float, Float32, Int32
+from jax_wideep._types import Float, Int32
 from jax_wideep.group import ExpertGroup
 from jax_wideep.plan import backend_of
 from jax_wideep.quantize import QUANT_BLOCK

@@ -15,14 +15,18 @@ from jax_wideep.group import ExpertGroup
 Overflow = Literal["drop", "error"]
 
 
+# In the order in which the backends return them.
+_ARRAYS = (
+    "group_sizes", "num_rows", "overflow", "tokens_per_expert", "dest_rank", "dest_row", "row_source",
+    "arrival_rows", "rows_per_source",
+)  # fmt: skip
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=[
-        "group_sizes", "num_rows", "overflow", "tokens_per_expert", "dest_rank", "dest_row", "row_source",
-        "arrival_rows", "rows_per_source",
-    ],
+    data_fields=_ARRAYS,
     meta_fields=["group", "capacity", "num_tokens", "top_k"],
-)  # fmt: skip
+)
 @dataclasses.dataclass(frozen=True)
 class DispatchPlan:
     """Where every selected token's row goes; a pytree of arrays, so it passes through any transformation.
@@ -115,10 +119,10 @@ def make_plan(
         )
     (topk_idx,) = _ffi.vary([topk_idx], group.axis)
     arrays = backend_of(group).plan(topk_idx, group, capacity, overflow == "error")
-    return DispatchPlan(*arrays, group, capacity, num_tokens, top_k)
+    by_name = dict(zip(_ARRAYS, arrays, strict=True))
+    return DispatchPlan(**by_name, group=group, capacity=capacity, num_tokens=num_tokens, top_k=top_k)
 
 
 def backend_of(group: ExpertGroup) -> Any:
     """The module that carries out `group`'s ops: the compiled ones, or JAX collectives."""
     return reference if group.backend == "xla" else _ffi
-
