@@ -310,7 +310,8 @@ Step = Callable[[jax.Array, Cache], tuple[jax.Array, Cache]]
 def compile_steps(model: Transformer) -> tuple[Step, Step]:
     """`model.prefill` and `model.decode_step` under `jax.jit`, with the parameters of now.
 
-    The cache passed in is donated. Faster per call than `nnx.jit`, which looks through the model's attributes every time.
+    The cache passed in is donated. Faster per call than `nnx.jit`, which looks through the model's attributes
+    every time.
     """
     graph, state = nnx.split(model)
 
