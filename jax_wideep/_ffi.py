@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src import config as _jax_config
 from jax._src import core as _core
+from jax._src import dispatch as _dispatch
 from jax._src import xla_bridge as _xla_bridge
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
@@ -42,6 +43,28 @@ def cpu_module() -> ModuleType | None:
     for target, handler in module.handlers().items():
         jax.ffi.register_ffi_target(target, handler, platform="cpu")
     return module
+
+
+@functools.cache
+def cuda_module() -> ModuleType | None:
+    """The compiled CUDA backend with its handlers registered, or None if it was not built."""
+    try:
+        module = importlib.import_module("jax_wideep._wideep_cuda")
+    except ModuleNotFoundError:
+        return None
+    for target, handler in module.handlers().items():
+        jax.ffi.register_ffi_target(target, handler, platform="CUDA")
+    return module
+
+
+@functools.cache
+def gpu_compute_capability() -> str | None:
+    """The lowest compute capability of this process's NVIDIA GPUs, such as "9.0"; None without a GPU."""
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return None
+    return min((device.compute_capability for device in devices), key=float, default=None)
 
 
 # ---- JAX's state ----
@@ -124,13 +147,40 @@ Attrs = dict[str, Callable[[Any], Any]]  # keyword parameter -> the C type it go
 
 
 def _exchange_primitive(name: str, outputs: Callable[..., list[Spec]], attrs: Attrs) -> Primitive:
-    """A primitive that lowers to the custom call `wideep_<name>`.
+    """A primitive in which every rank of a group takes part; arguments as in _custom_call_primitive."""
+    primitive = _custom_call_primitive(name, outputs)
+    primitive.def_impl(functools.partial(_not_eager, name))
+    mlir.register_lowering(primitive, _custom_call(name, attrs, has_side_effect=True), platform="cpu")
+    return primitive
 
-    Args:
-      name: the op.
-      outputs: the shape rule: from the operands' avals and the keyword parameters to the results.
-      attrs: keyword parameters that the handler takes as attributes, with their C type. Parameters that are
-        not listed only serve the shape rule.
+
+def _kernel_primitive(name: str, outputs: Callable[..., list[Spec]], attrs: Attrs) -> Primitive:
+    """A primitive that one GPU computes alone; arguments as in _custom_call_primitive."""
+    primitive = _custom_call_primitive(name, outputs)
+    primitive.def_impl(functools.partial(_dispatch.apply_primitive, primitive))
+    mlir.register_lowering(primitive, functools.partial(_not_cuda, name))
+    mlir.register_lowering(primitive, _custom_call(name, attrs, has_side_effect=False), platform="cuda")
+    return primitive
+
+
+def _custom_call(name: str, attrs: Attrs, has_side_effect: bool) -> Callable[..., Any]:
+    """The lowering rule to the custom call `wideep_<name>`.
+
+    `attrs` are the keyword parameters that the handler takes as attributes, with their C type. Parameters that
+    are not listed only serve the shape rule.
+    """
+    lower = jax.ffi.ffi_lowering(f"wideep_{name}", has_side_effect=has_side_effect)
+
+    def _lowering(ctx: Any, *operands: Any, **params: Any) -> Any:
+        return lower(ctx, *operands, **{key: c_type(params[key]) for key, c_type in attrs.items()})
+
+    return _lowering
+
+
+def _custom_call_primitive(name: str, outputs: Callable[..., list[Spec]]) -> Primitive:
+    """A primitive with a shape rule and a batching rule, still without a lowering.
+
+    `outputs` is the shape rule: from the operands' avals and the keyword parameters to the results.
     """
     primitive = Primitive(f"wideep_{name}")
     primitive.multiple_results = True
@@ -139,12 +189,8 @@ def _exchange_primitive(name: str, outputs: Callable[..., list[Spec]], attrs: At
         varying = _core.standard_vma_rule(primitive.name, *avals)
         return [_result_aval(shape, dtype, varying) for shape, dtype in outputs(*avals, **params)]
 
-    def _lowering(ctx: Any, *operands: Any, **params: Any) -> Any:
-        lower = jax.ffi.ffi_lowering(f"wideep_{name}", has_side_effect=True)
-        return lower(ctx, *operands, **{key: c_type(params[key]) for key, c_type in attrs.items()})
-
     def _batching(args: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[list[Any], list[int]]:
-        """The batch runs one exchange after the other, in the same order on every rank."""
+        """The batch runs one after the other; an exchange thereby in the same order on every rank."""
         batched = [i for i, dim in enumerate(dims) if dim is not None]
         moved = [jnp.moveaxis(args[i], dims[i], 0) for i in batched]
 
@@ -157,9 +203,7 @@ def _exchange_primitive(name: str, outputs: Callable[..., list[Spec]], attrs: At
         results = jax.lax.map(lambda slices: one(*slices), tuple(moved))
         return results, [0] * len(results)
 
-    primitive.def_impl(functools.partial(_not_eager, name))
     primitive.def_abstract_eval(_abstract)
-    mlir.register_lowering(primitive, _lowering, platform="cpu")
     batching.primitive_batchers[primitive] = _batching
     return primitive
 
@@ -173,6 +217,14 @@ def _result_aval(shape: tuple[int, ...], dtype: Any, varying: frozenset[Any]) ->
 def _not_eager(name: str, *_: Any, **__: Any) -> Any:
     raise ValueError(
         f"{name}: exchange ops run inside jax.shard_map under jax.jit; wrap the caller in jax.jit"
+    )
+
+
+def _not_cuda(name: str, ctx: Any, *_: Any, **__: Any) -> Any:
+    platforms = ctx.platforms or ctx.module_context.platforms
+    raise ValueError(
+        f"{name}: implementation: 'cuda' runs on NVIDIA GPUs, this is being compiled for {platforms[0]}; use "
+        "implementation='auto'"
     )
 
 
@@ -251,6 +303,70 @@ _quantize_p = _exchange_primitive("quantize", _quantize_outputs, {})
 _ll_dispatch_p = _exchange_primitive("ll_dispatch", _ll_dispatch_outputs, _GROUP | _LL | _TAIL)
 _ll_combine_p = _exchange_primitive("ll_combine", _ll_combine_outputs, _GROUP | _LL)
 _ll_combine_grad_p = _exchange_primitive("ll_combine_grad", _ll_combine_grad_outputs, _GROUP | _LL | _TAIL)
+
+
+# ---- kernels of one GPU: csrc/gemm ----
+
+
+def _workspace_spec(num_groups: int) -> Spec:
+    """What grouped_matmul.h calls GroupedMatmulWorkspaceBytes; the handlers check it."""
+    return (16 * (1 + num_groups),), jnp.uint8
+
+
+def _grouped_matmul_outputs(
+    rows: Any, w: Any, group_sizes: Any, *, transpose_w: bool, out_dtype: Any, **_: Any
+) -> list[Spec]:
+    columns = w.shape[1 if transpose_w else 2]
+    return [((*rows.shape[:-1], columns), out_dtype), _workspace_spec(group_sizes.shape[0])]
+
+
+def _grouped_matmul_weight_grad_outputs(
+    rows: Any, dout: Any, group_sizes: Any, *, out_dtype: Any
+) -> list[Spec]:
+    num_groups = group_sizes.shape[0]
+    return [((num_groups, rows.shape[-1], dout.shape[-1]), out_dtype), _workspace_spec(num_groups)]
+
+
+def _swiglu_outputs(hidden: Any, group_sizes: Any) -> list[Spec]:
+    return [((*hidden.shape[:-1], hidden.shape[-1] // 2), hidden.dtype)]
+
+
+def _swiglu_grad_outputs(hidden: Any, dout: Any, group_sizes: Any) -> list[Spec]:
+    return [(hidden.shape, hidden.dtype)]
+
+
+_grouped_matmul_p = _kernel_primitive(
+    "grouped_matmul", _grouped_matmul_outputs, {"transpose_w": np.bool_, "zero_tail": np.bool_}
+)
+_grouped_matmul_weight_grad_p = _kernel_primitive(
+    "grouped_matmul_weight_grad", _grouped_matmul_weight_grad_outputs, {}
+)
+_swiglu_p = _kernel_primitive("swiglu", _swiglu_outputs, {})
+_swiglu_grad_p = _kernel_primitive("swiglu_grad", _swiglu_grad_outputs, {})
+
+
+def grouped_matmul(rows, w, group_sizes, transpose_w, out_dtype, zero_tail):
+    """out[rows of g] = rows[rows of g] @ w[g], or @ w[g].T; [m, d] or [groups, cap, d]."""
+    operands = vary([rows, w, group_sizes])
+    out_dtype = jnp.dtype(out_dtype)
+    return _grouped_matmul_p.bind(
+        *operands, transpose_w=transpose_w, out_dtype=out_dtype, zero_tail=zero_tail
+    )[0]
+
+
+def grouped_matmul_weight_grad(rows, dout, group_sizes, out_dtype):
+    """dw[g] = rows[rows of g].T @ dout[rows of g]."""
+    operands = vary([rows, dout, group_sizes])
+    return _grouped_matmul_weight_grad_p.bind(*operands, out_dtype=jnp.dtype(out_dtype))[0]
+
+
+def swiglu(hidden, group_sizes):
+    """silu(gate) * up on the rows of groups; the others are left unspecified."""
+    return _swiglu_p.bind(*vary([hidden, group_sizes]))[0]
+
+
+def swiglu_grad(hidden, dout, group_sizes):
+    return _swiglu_grad_p.bind(*vary([hidden, dout, group_sizes]))[0]
 
 
 # ---- the ops, as functions on one rank's arrays ----
