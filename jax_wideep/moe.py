@@ -1,11 +1,13 @@
 """moe_ffn: the experts of a Mixture-of-Experts layer, from a routing decision to the tokens' outputs.
 
-    topk_idx, topk_weights (routing)  ->  plan  ->  dispatch  ->  experts  ->  combine       mode "throughput"
-                                      ->  ll_dispatch  ->  experts  ->  ll_combine           mode "low_latency"
+topk_idx, topk_weights (routing)  ->  plan  ->  dispatch  ->  experts  ->  combine       mode "throughput"
+                                  ->  ll_dispatch  ->  experts  ->  ll_combine           mode "low_latency"
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_wideep import _check, _ffi
+from jax_wideep._swiglu import swiglu, swiglu_of_groups
 from jax_wideep._types import Float, Float32, Int32
 from jax_wideep.exchange import combine, dispatch
 from jax_wideep.group import ExpertGroup
@@ -23,8 +26,11 @@ from jax_wideep.plan import DispatchPlan, Overflow, make_plan
 Mode = Literal["throughput", "low_latency"]
 Activation = Literal["swiglu", "gelu", "relu2"]
 
-#: Names that jax.checkpoint policies can save or offload (jax.checkpoint_policies.save_only_these_names).
-CHECKPOINT_NAMES = ("wideep_dispatch_rows", "wideep_expert_hidden", "wideep_combine_output")
+#: Names that jax.checkpoint policies can save or offload (jax.checkpoint_policies.save_only_these_names): the
+#: rows that dispatch brought with their weights, the experts' inner activations, what combine returned, and
+#: the plan's integers. The backward pass dispatches again unless both rows and plan are saved.
+CHECKPOINT_NAMES = ("wideep_dispatch_rows", "wideep_expert_hidden", "wideep_combine_output", "wideep_plan")
+_ROWS, _HIDDEN, _OUTPUT, _PLAN = CHECKPOINT_NAMES
 
 
 class MoEStats(NamedTuple):
@@ -70,9 +76,9 @@ def moe_ffn(
       x: tokens of this rank; bfloat16, float16 or float32.
       topk_idx: experts of each token; -1 masks a selection.
       topk_weights: gate weights.
-      wi: first matrices of this rank's experts, in x's dtype: [local_experts, hidden, 2 * ffn], gate before up,
+      wi: first matrices of this rank's experts, in x's dtype or in float32 (see grouped_matmul): [local_experts, hidden, 2 * ffn], gate before up,
         for "swiglu", otherwise [local_experts, hidden, ffn].
-      wo: second matrices, in x's dtype.
+      wo: second matrices, likewise.
       group: the ExpertGroup.
       mode: "throughput" plans first and sends exactly what is needed, for training and prefill. "low_latency"
         sends without a plan, for decode; tokens above `group.chunk` go in several microbatches.
@@ -117,19 +123,18 @@ def moe_ffn(
         )
     elif plan.num_tokens != x.shape[0]:
         raise ValueError(f"{op}: plan: expected one for {x.shape[0]} tokens, got one for {plan.num_tokens}")
+    plan = checkpoint_name(plan, _PLAN)
     # No op below looks at rows past the plan's, so nobody has to clear them.
-    rows, row_weights = dispatch(x, topk_weights, plan, zero_tail=False)
-    rows = checkpoint_name(rows, CHECKPOINT_NAMES[0])
+    rows, row_weights = checkpoint_name(dispatch(x, topk_weights, plan, zero_tail=False), _ROWS)
     y = _experts(rows, wi, wo, plan.group_sizes, activation, implementation)
-    out = checkpoint_name(combine(y, row_weights, plan, zero_tail=False), CHECKPOINT_NAMES[2])
+    out = checkpoint_name(combine(y, row_weights, plan, zero_tail=False), _OUTPUT)
     return out, MoEStats(plan.tokens_per_expert, plan.overflow)
 
 
 def activate(hidden: jax.Array, activation: Activation) -> jax.Array:
     """The activation of an expert on [..., inner]; "swiglu" halves the last axis."""
     if activation == "swiglu":
-        gate, up = jnp.split(hidden, 2, axis=-1)
-        return jax.nn.silu(gate) * up
+        return swiglu(hidden)
     if activation == "gelu":
         return jax.nn.gelu(hidden, approximate=True)
     return jnp.square(jax.nn.relu(hidden))
@@ -141,17 +146,29 @@ def inner_size(ffn: int, activation: Activation) -> int:
 
 
 def _experts(rows, wi, wo, group_sizes, activation, implementation):
-    hidden = grouped_matmul(rows, wi, group_sizes, implementation=implementation)
-    hidden = checkpoint_name(hidden, CHECKPOINT_NAMES[1])
-    return grouped_matmul(activate(hidden, activation), wo, group_sizes, implementation=implementation)
+    # Rows past a group's end stay unspecified throughout, with their gradients: neither the products nor combine
+    # look at them.
+    multiply = functools.partial(grouped_matmul, implementation=implementation, zero_tail=False)
+    hidden = multiply(rows, wi, group_sizes)
+    hidden = checkpoint_name(hidden, _HIDDEN)
+    if activation == "swiglu":
+        inner = swiglu_of_groups(hidden, group_sizes, implementation)
+    else:
+        inner = activate(hidden, activation)
+    return multiply(inner, wo, group_sizes)
 
 
 def _low_latency(x, topk_idx, topk_weights, wi, wo, group, activation, quantize, implementation):
     def one_microbatch(x, topk_idx, topk_weights):
         recv = ll_dispatch(x, topk_idx, group, quantize=quantize, zero_tail=False)
-        rows = checkpoint_name(recv.rows, CHECKPOINT_NAMES[0])
-        y = _experts(rows, wi, wo, recv.counts, activation, implementation)
-        return checkpoint_name(ll_combine(y, topk_weights, recv, zero_tail=False), CHECKPOINT_NAMES[2])
+        recv = dataclasses.replace(
+            recv,
+            rows=checkpoint_name(recv.rows, _ROWS),
+            counts=checkpoint_name(recv.counts, _PLAN),
+            row_source=checkpoint_name(recv.row_source, _PLAN),
+        )
+        y = _experts(recv.rows, wi, wo, recv.counts, activation, implementation)
+        return checkpoint_name(ll_combine(y, topk_weights, recv, zero_tail=False), _OUTPUT)
 
     tokens = x.shape[0]
     if tokens <= group.chunk:
@@ -187,4 +204,4 @@ def _check_experts(op, x, wi, wo, group, activation):
         "wi has 2 * ffn columns (gate before up) for 'swiglu', otherwise ffn",
     )
     for name, matrix in (("wi", wi), ("wo", wo)):
-        _check.dtype(op, name, matrix, (x.dtype,), "cast x and the experts to one dtype")
+        _check.dtype(op, name, matrix, (x.dtype, jnp.float32), "cast x and the experts to one dtype")
