@@ -158,8 +158,20 @@ def _kernel_primitive(name: str, outputs: Callable[..., list[Spec]], attrs: Attr
     """A primitive that one GPU computes alone; arguments as in _custom_call_primitive."""
     primitive = _custom_call_primitive(name, outputs)
     primitive.def_impl(functools.partial(_dispatch.apply_primitive, primitive))
-    mlir.register_lowering(primitive, functools.partial(_not_cuda, name))
-    mlir.register_lowering(primitive, _custom_call(name, attrs, has_side_effect=False), platform="cuda")
+    lowering = _custom_call(name, attrs, has_side_effect=False)
+
+    def _elsewhere(ctx: Any, *operands: Any, **params: Any) -> Any:
+        platforms = ctx.module_context.platforms
+        if len(platforms) > 1:
+            # A branch of platform_dependent that only CUDA takes is lowered for every platform.
+            return lowering(ctx, *operands, **params)
+        raise ValueError(
+            f"{name}: implementation: 'cuda' runs on NVIDIA GPUs, this is being compiled for {platforms[0]}; use "
+            "implementation='auto'"
+        )
+
+    mlir.register_lowering(primitive, _elsewhere)
+    mlir.register_lowering(primitive, lowering, platform="cuda")
     return primitive
 
 
@@ -217,14 +229,6 @@ def _result_aval(shape: tuple[int, ...], dtype: Any, varying: frozenset[Any]) ->
 def _not_eager(name: str, *_: Any, **__: Any) -> Any:
     raise ValueError(
         f"{name}: exchange ops run inside jax.shard_map under jax.jit; wrap the caller in jax.jit"
-    )
-
-
-def _not_cuda(name: str, ctx: Any, *_: Any, **__: Any) -> Any:
-    platforms = ctx.platforms or ctx.module_context.platforms
-    raise ValueError(
-        f"{name}: implementation: 'cuda' runs on NVIDIA GPUs, this is being compiled for {platforms[0]}; use "
-        "implementation='auto'"
     )
 
 

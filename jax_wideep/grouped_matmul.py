@@ -66,9 +66,9 @@ def grouped_matmul(
     if rows.ndim == 3:
         _check.shape(op, "rows", rows, (w.shape[0], "m", rows.shape[2]), "one slab per matrix of w")
     out_dtype = _out_dtype(op, "preferred_element_type", preferred_element_type, rows)
-    implementation = choose(op, implementation, rows.dtype, rows.shape[-1], w.shape[2])
+    choice = choose(op, implementation, rows.dtype, rows.shape[-1], w.shape[2])
     rows, w, group_sizes = _ffi.vary([rows, w, group_sizes])
-    return _grouped_matmul(rows, w, group_sizes, _Settings(implementation, out_dtype, w.dtype, zero_tail))
+    return _grouped_matmul(rows, w, group_sizes, _Settings(choice, out_dtype, w.dtype, zero_tail))
 
 
 def grouped_matmul_weight_grad(
@@ -104,9 +104,9 @@ def grouped_matmul_weight_grad(
     _check.shape(op, "group_sizes", group_sizes, (rows.shape[0] if rows.ndim == 3 else "groups",))
     _check.dtype(op, "group_sizes", group_sizes, (jnp.int32,), "use .astype(jnp.int32)")
     out_dtype = _out_dtype(op, "preferred_element_type", preferred_element_type, rows)
-    implementation = choose(op, implementation, rows.dtype, rows.shape[-1], dout.shape[-1])
+    choice = choose(op, implementation, rows.dtype, rows.shape[-1], dout.shape[-1])
     rows, dout, group_sizes = _ffi.vary([rows, dout, group_sizes])
-    return _weight_grad(implementation, rows, dout, group_sizes, out_dtype=out_dtype)
+    return _weight_grad(choice, rows, dout, group_sizes, out_dtype=out_dtype)
 
 
 def _check_rows(op: str, rows: Any) -> None:

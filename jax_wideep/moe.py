@@ -76,8 +76,8 @@ def moe_ffn(
       x: tokens of this rank; bfloat16, float16 or float32.
       topk_idx: experts of each token; -1 masks a selection.
       topk_weights: gate weights.
-      wi: first matrices of this rank's experts, in x's dtype or in float32 (see grouped_matmul): [local_experts, hidden, 2 * ffn], gate before up,
-        for "swiglu", otherwise [local_experts, hidden, ffn].
+      wi: first matrices of this rank's experts, in x's dtype or in float32 (see grouped_matmul):
+        [local_experts, hidden, 2 * ffn], gate before up, for "swiglu", otherwise [local_experts, hidden, ffn].
       wo: second matrices, likewise.
       group: the ExpertGroup.
       mode: "throughput" plans first and sends exactly what is needed, for training and prefill. "low_latency"
