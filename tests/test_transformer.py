@@ -163,7 +163,7 @@ def test_sequences_and_experts_are_spread_over_the_devices(make_model):
     cache = model.init_cache(16, max_len=4)
     assert cache.keys.addressable_shards[0].data.shape == (2, 2, 4, 4, 32)
     _, decode_step = compile_steps(model)
-    logits, cache = decode_step(jnp.zeros(16, jnp.int32), cache)
+    _, cache = decode_step(jnp.zeros(16, jnp.int32), cache)
     assert cache.values.addressable_shards[0].data.shape == (2, 2, 4, 4, 32)
 
 

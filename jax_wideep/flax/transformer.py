@@ -220,7 +220,8 @@ class Transformer(nnx.Module):
         )
         self.blocks = nnx.List(Block(config, group, rngs=rngs) for _ in range(config.num_layers))
         self.norm = _norm(config, group.mesh, rngs)
-        self.unembed = _linear(config.hidden, config.vocab, config, group.mesh, rngs)
+        # Small, so that a new model's prediction is close to uniform.
+        self.unembed = _linear(config.hidden, config.vocab, config, group.mesh, rngs, scale=0.01)
 
     def __call__(
         self, tokens: Int32[jax.Array, "batch seq"], *, return_stats: bool = False
@@ -339,9 +340,16 @@ def rotate(
 
 
 def _linear(
-    n_in: int, n_out: int, config: TransformerConfig, mesh: jax.sharding.Mesh, rngs: nnx.Rngs
+    n_in: int,
+    n_out: int,
+    config: TransformerConfig,
+    mesh: jax.sharding.Mesh,
+    rngs: nnx.Rngs,
+    scale: float = 1.0,
 ) -> nnx.Linear:
-    init = nnx.with_partitioning(jax.nn.initializers.lecun_normal(), (None, None), mesh=mesh)
+    """Without bias; `scale` times the usual variance 1 / n_in of the kernel."""
+    init = jax.nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
+    init = nnx.with_partitioning(init, (None, None), mesh=mesh)
     return nnx.Linear(
         n_in,
         n_out,

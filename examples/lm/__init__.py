@@ -1,0 +1,1 @@
+"""What the language-model examples share: text, training state, checkpoints, decoding, measurements, figures."""
