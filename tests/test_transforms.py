@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -158,7 +159,9 @@ def test_scan_of_hundreds_and_its_gradient(group, mode):
     def compare(run):
         return jax.jit(jax.value_and_grad(functools.partial(many, run), argnums=(0, 1, 2)))(*floats)
 
-    if mode == "low_latency":  # the wire's rounding makes long trajectories part: compare with itself unrolled
+    if (
+        mode == "low_latency"
+    ):  # the wire's rounding makes long trajectories part: compare with itself unrolled
         first, again = compare(exchanged(group, mode)), compare(exchanged(group, mode))
         jax.tree.map(np.testing.assert_array_equal, first, again)
         steps = 2
@@ -225,7 +228,7 @@ def count(jaxpr, primitive):
     found = 0
     for equation in jaxpr.eqns:
         found += equation.primitive.name == primitive
-        found += sum(count(inner, primitive) for inner in jax.core.jaxprs_in_params(equation.params))
+        found += sum(count(inner, primitive) for inner in jax.extend.core.jaxprs_in_params(equation.params))
     return found
 
 
