@@ -19,6 +19,7 @@ HOST_HEADERS = [
     "csrc/core/dtype.h",
     "csrc/core/elastic_threads.h",
     "csrc/core/float_env.h",
+    "csrc/core/huge_pages.h",
     "csrc/core/status.h",
     "csrc/core/worker_pool.h",
     "csrc/ep/combine_host.h",
@@ -74,6 +75,7 @@ GEMM_CUDA_SOURCES = [
     "csrc/gemm/grouped_matmul.cc",
     "csrc/gemm/input_grad.cu",
     "csrc/gemm/schedule.cu",
+    "csrc/gemm/swiglu.cu",
     "csrc/gemm/tensor_map.cc",
     "csrc/gemm/weight_grad.cu",
 ]
@@ -87,6 +89,7 @@ GEMM_CUDA_HEADERS = [
     "csrc/gemm/product_load.cuh",
     "csrc/gemm/product_output.cuh",
     "csrc/gemm/schedule.h",
+    "csrc/gemm/swiglu.h",
     "csrc/gemm/tensor_map.h",
     "csrc/gemm/tile_finder.cuh",
 ]
@@ -95,9 +98,11 @@ GEMM_CUDA_HEADERS = [
 CUDA_FFI_SOURCES = [
     "xla_ffi/cuda/grouped_matmul.cc",
     "xla_ffi/cuda/module.cc",
+    "xla_ffi/cuda/swiglu.cc",
 ]
 
 CUDA_FFI_HEADERS = [
     "xla_ffi/cuda/handlers.h",
+    "xla_ffi/cuda/row_groups.h",
     "xla_ffi/ffi_util.h",
 ]

@@ -9,30 +9,15 @@
 #include <string>
 
 #include "xla_ffi/cuda/handlers.h"
+#include "xla_ffi/cuda/row_groups.h"
 #include "xla_ffi/ffi_util.h"
 
 namespace wideep {
 namespace {
 
-using I32Vector = ffi::BufferR1<ffi::S32>;
 using Bytes = ffi::BufferR1<ffi::U8>;
 
-/// rows: [m, columns] or [groups, cap, columns].
-Status ReadRowGroups(const char* op, const char* name, const ffi::AnyBuffer& rows,
-                     const I32Vector& group_sizes, const Bytes& workspace, RowGroups& groups) {
-  const auto dims = rows.dimensions();
-  groups.group_sizes = group_sizes.typed_data();
-  groups.num_groups = group_sizes.dimensions()[0];
-  if (dims.size() == 3 && dims[0] == groups.num_groups) {
-    groups.slab_rows = dims[1];
-    groups.num_rows = dims[0] * dims[1];
-  } else if (dims.size() == 2) {
-    groups.num_rows = dims[0];
-  } else {
-    return Status::InvalidArgument(std::string(op) + ": " + name + " must be [m, columns] or [" +
-                                   std::to_string(groups.num_groups) + ", cap, columns], got " +
-                                   ShapeOf(rows));
-  }
+Status CheckWorkspace(const char* op, const RowGroups& groups, const Bytes& workspace) {
   const size_t needed = GroupedMatmulWorkspaceBytes(groups.num_groups);
   if (workspace.size_bytes() >= needed) return Status();
   return Status::InvalidArgument(std::string(op) + ": workspace must have " +
@@ -58,7 +43,8 @@ ffi::Error GroupedMatmulImpl(cudaStream_t stream, bool transpose_w, bool zero_ta
                              ffi::Result<ffi::AnyBuffer> out, ffi::Result<Bytes> workspace) {
   constexpr char kOp[] = "grouped_matmul";
   GroupedMatmulParams p;
-  Status status = ReadRowGroups(kOp, "rows", rows, group_sizes, *workspace, p.groups);
+  Status status = ReadRowGroups(kOp, "rows", rows, group_sizes, p.groups);
+  if (status.ok()) status = CheckWorkspace(kOp, p.groups, *workspace);
   if (status.ok()) status = ReadTypes(kOp, rows, w, *out, p.dtype, p.out_dtype);
   if (!status.ok()) return ToFfiError(status);
   const auto w_dims = w.dimensions();
@@ -92,8 +78,9 @@ ffi::Error GroupedMatmulWeightGradImpl(cudaStream_t stream, ffi::AnyBuffer rows,
   constexpr char kOp[] = "grouped_matmul's weight gradient";
   GroupedMatmulWeightGradParams p;
   RowGroups dout_groups;
-  Status status = ReadRowGroups(kOp, "rows", rows, group_sizes, *workspace, p.groups);
-  if (status.ok()) status = ReadRowGroups(kOp, "dout", dout, group_sizes, *workspace, dout_groups);
+  Status status = ReadRowGroups(kOp, "rows", rows, group_sizes, p.groups);
+  if (status.ok()) status = ReadRowGroups(kOp, "dout", dout, group_sizes, dout_groups);
+  if (status.ok()) status = CheckWorkspace(kOp, p.groups, *workspace);
   if (status.ok()) status = ReadTypes(kOp, rows, dout, *dw, p.dtype, p.out_dtype);
   if (!status.ok()) return ToFfiError(status);
   p.k = rows.dimensions().back();

@@ -6,4 +6,6 @@
 extern "C" {
 XLA_FFI_Error* WideepGroupedMatmul(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* WideepGroupedMatmulWeightGrad(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* WideepSwiglu(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* WideepSwigluGrad(XLA_FFI_CallFrame* call_frame);
 }

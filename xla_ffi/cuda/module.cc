@@ -4,7 +4,6 @@
 
 #include <tuple>
 
-#include "csrc/gemm/grouped_matmul.h"
 #include "xla_ffi/cuda/handlers.h"
 #include "xla_ffi/ffi_util.h"
 
@@ -17,6 +16,8 @@ nb::dict Handlers() {
   nb::dict handlers;
   handlers["wideep_grouped_matmul"] = HandlerCapsule(WideepGroupedMatmul);
   handlers["wideep_grouped_matmul_weight_grad"] = HandlerCapsule(WideepGroupedMatmulWeightGrad);
+  handlers["wideep_swiglu"] = HandlerCapsule(WideepSwiglu);
+  handlers["wideep_swiglu_grad"] = HandlerCapsule(WideepSwigluGrad);
   return handlers;
 }
 
@@ -29,6 +30,4 @@ NB_MODULE(_wideep_cuda, m) {
       "ffi_api_version", [] { return std::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
       "The FFI version this module was built against.");
   m.def("handlers", wideep::Handlers, "target name -> capsule, or stage -> capsule");
-  m.def("grouped_matmul_workspace_bytes", wideep::GroupedMatmulWorkspaceBytes,
-        nb::arg("num_groups"), "size of the workspace result of the grouped_matmul handlers");
 }
