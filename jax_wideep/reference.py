@@ -75,12 +75,12 @@ def plan(
     rank = jnp.where(kept, rank, -1)
 
     here = jnp.where(rank == me, row, capacity)
-    row_source = jnp.full(capacity, -1, jnp.int32).at[here].set(
-        jnp.arange(expert.size, dtype=jnp.int32), mode="drop"
+    row_source = (
+        jnp.full(capacity, -1, jnp.int32).at[here].set(jnp.arange(expert.size, dtype=jnp.int32), mode="drop")
     )
     # `arrival` leaves no gaps: a rank that is full stays full.
-    arrival_rows = jnp.full(capacity, -1, jnp.int32).at[jnp.where(rank == me, arrival, capacity)].set(
-        row, mode="drop"
+    arrival_rows = (
+        jnp.full(capacity, -1, jnp.int32).at[jnp.where(rank == me, arrival, capacity)].set(row, mode="drop")
     )
     own = (num_ranks, tokens, top_k)
     return (
@@ -187,8 +187,10 @@ def ll_dispatch(
     local = expert - me * local_experts
     is_local = (local >= 0) & (local < local_experts)
     row = jnp.where(is_local, local * expert_rows + place, local_experts * expert_rows)
-    row_source = jnp.full(local_experts * expert_rows, -1, jnp.int32).at[row].set(
-        jnp.arange(expert.size, dtype=jnp.int32), mode="drop"
+    row_source = (
+        jnp.full(local_experts * expert_rows, -1, jnp.int32)
+        .at[row]
+        .set(jnp.arange(expert.size, dtype=jnp.int32), mode="drop")
     )
     filled = (row_source >= 0)[:, None]
     token = jnp.maximum(row_source, 0) // top_k
@@ -259,5 +261,7 @@ def ll_combine_grad(
     rows = y.reshape(-1, y.shape[2]).astype(jnp.float32)
     selections = group.num_ranks * tokens * top_k
     dweights = jnp.zeros(selections, jnp.float32)
-    dweights = dweights.at[jnp.where(filled, source, selections)].add(jnp.sum(douts * rows, axis=1), mode="drop")
+    dweights = dweights.at[jnp.where(filled, source, selections)].add(
+        jnp.sum(douts * rows, axis=1), mode="drop"
+    )
     return dy.reshape(y.shape).astype(y.dtype), _sum_at_home(dweights, group).reshape(tokens, top_k)

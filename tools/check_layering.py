@@ -16,7 +16,7 @@ from collections.abc import Iterator
 # The package's modules, lowest first. A module may import those before it, and its own submodules.
 PYTHON_LAYERS = (
     "_types", "_ffi", "group", "_check", "quantize", "reference", "plan", "exchange", "low_latency",
-    "_grouped_matmul_loop", "grouped_matmul", "routing", "placement", "moe", "flax", "bench",
+    "_grouped_matmul_loop", "grouped_matmul", "_swiglu", "routing", "placement", "moe", "flax", "bench",
 )  # fmt: skip
 
 # What only some modules may import.
@@ -74,8 +74,9 @@ def imported_names(path: pathlib.Path) -> Iterator[tuple[int, str]]:
             for alias in node.names:
                 yield node.lineno, f"{module}.{alias.name}"
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            if node.args and isinstance(node.args[0], ast.Constant):
-                yield node.lineno, str(node.args[0].value)
+            for argument in node.args[:1]:
+                if isinstance(argument, ast.Constant):
+                    yield node.lineno, str(argument.value)
 
 
 def is_within(name: str, prefix: str) -> bool:

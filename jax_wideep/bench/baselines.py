@@ -19,7 +19,8 @@ is on integers; rows themselves are only gathered, which is what XLA compiles be
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -83,7 +84,7 @@ class Baseline(NamedTuple):
 
     dispatch: Callable[..., tuple[jax.Array, jax.Array, Any]]
     combine: Callable[..., jax.Array]
-    missing_on: dict[str, str] = {}
+    missing_on: Mapping[str, str] = MappingProxyType({})
 
 
 def moe(
@@ -161,7 +162,7 @@ def _inverse(slot_of_row: jax.Array, num_slots: int) -> jax.Array:
 
 def _weighted_sum(rows: jax.Array, at: jax.Array, weights: jax.Array) -> jax.Array:
     """out[t] = sum over k of weights[t, k] * rows[at[t, k]] in float32; nothing where `at` is out of range."""
-    total = 0.0
+    total = jnp.zeros((at.shape[0], rows.shape[1]), jnp.float32)
     for k in range(at.shape[1]):
         total = total + weights[:, k, None].astype(jnp.float32) * _take(rows, at[:, k]).astype(jnp.float32)
     return total.astype(rows.dtype)

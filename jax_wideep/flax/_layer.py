@@ -233,9 +233,7 @@ def _on_one_rank(config, return_stats, params, x, optional):
 
     with jax.named_scope("wideep_route"):
         logits = router_logits(tokens, params["gate.kernel"], config.router, jitter_rng=rng)
-        routing = route(
-            logits, config.router, selection_bias=optional.get("selection_bias"), token_mask=mask
-        )
+        routing = route(logits, config.router, selection_bias=optional.get("selection_bias"), token_mask=mask)
     tokens = tokens.astype(dtype)
     capacity = config.capacity
     if config.capacity_factor is not None:

@@ -121,6 +121,11 @@ class Cache(NamedTuple):
     length: Int32[jax.Array, ""]
 
 
+def _write_at(cached: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
+    """Keys or values [batch, max_len, ..] with those of `new` from position `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(cached, new.astype(cached.dtype), start, axis=1)
+
+
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions (arXiv:2104.09864)."""
 
@@ -149,10 +154,7 @@ class Attention(nnx.Module):
         if cached is None:
             out = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         else:
-            cached = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
-                for old, new in zip(cached, (key, value), strict=True)
-            )
+            cached = (_write_at(cached[0], key, start), _write_at(cached[1], value, start))
             seen = jnp.arange(cached[0].shape[1])[None, :] <= position[:, None]
             out = jax.nn.dot_product_attention(query, *cached, mask=seen[None, None])
         return self.out(out.reshape(x.shape)), cached
@@ -192,8 +194,8 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             attended, cached = self.attention(self.attention_norm(x), cached, start)
             x = x + attended
-        out = self.moe(self.moe_norm(x), mode=mode, return_stats=return_stats)
-        out, stats = out if return_stats else (out, None)
+        result = self.moe(self.moe_norm(x), mode=mode, return_stats=return_stats)
+        out, stats = result if isinstance(result, tuple) else (result, None)
         return x + out, cached, stats
 
 
@@ -282,10 +284,12 @@ class Transformer(nnx.Module):
         x = self._embed(tokens)
         keys, values = [], []
         for layer, block in enumerate(self.blocks):
-            x, (key, value), _ = block(x, (cache.keys[layer], cache.values[layer]), cache.length, mode=mode)
+            cached = (cache.keys[layer], cache.values[layer])
+            x, written, _ = block(x, cached, cache.length, mode=mode)
+            assert written is not None  # a block that is given a cache returns one
             x = self._split_batch(x)
-            keys.append(key)
-            values.append(value)
+            keys.append(written[0])
+            values.append(written[1])
         cache = Cache(jnp.stack(keys), jnp.stack(values), cache.length + tokens.shape[1])
         return self._logits(x[:, -1]), cache
 
