@@ -51,7 +51,8 @@ inline std::optional<DType> RowDType(ffi::DataType type) {
 
 inline std::string ShapeOf(const ffi::AnyBuffer& buffer) {
   std::string text = "[";
-  for (int64_t dim : buffer.dimensions()) text += (text.size() > 1 ? ", " : "") + std::to_string(dim);
+  for (int64_t dim : buffer.dimensions())
+    text += (text.size() > 1 ? ", " : "") + std::to_string(dim);
   return text + "]";
 }
 

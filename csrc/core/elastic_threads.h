@@ -1,6 +1,6 @@
 // Threads for work that may block: a completion resumes whatever XLA scheduled behind it, up to and
-// including its own collectives, which wait for the other ranks. Work never queues behind work: it goes to
-// an idle thread, or to a new one. Idle threads end after a while.
+// including its own collectives, which wait for the other ranks. Work never queues behind work: it
+// goes to an idle thread, or to a new one. Idle threads end after a while.
 #pragma once
 
 #include <condition_variable>

@@ -1,5 +1,5 @@
-// How a thread treats denormals. XLA's threads flush them, others do not; the same work must give the same
-// bits on either.
+// How a thread treats denormals. XLA's threads flush them, others do not; the same work must give
+// the same bits on either.
 #pragma once
 
 #if defined(__SSE2__)

@@ -1,4 +1,5 @@
-// Outcome of an operation: how csrc reports errors to the layers above. Nothing here throws or aborts.
+// Outcome of an operation: how csrc reports errors to the layers above. Nothing here throws or
+// aborts.
 #pragma once
 
 #include <string>
@@ -6,7 +7,14 @@
 
 namespace wideep {
 
-enum class Code { kOk, kInvalidArgument, kFailedPrecondition, kDeadlineExceeded, kOutOfRange, kInternal };
+enum class Code {
+  kOk,
+  kInvalidArgument,
+  kFailedPrecondition,
+  kDeadlineExceeded,
+  kOutOfRange,
+  kInternal
+};
 
 class Status {
  public:
@@ -14,7 +22,9 @@ class Status {
   Status(Code code, std::string message) : code_(code), message_(std::move(message)) {}
 
   static Status InvalidArgument(std::string m) { return {Code::kInvalidArgument, std::move(m)}; }
-  static Status FailedPrecondition(std::string m) { return {Code::kFailedPrecondition, std::move(m)}; }
+  static Status FailedPrecondition(std::string m) {
+    return {Code::kFailedPrecondition, std::move(m)};
+  }
   static Status DeadlineExceeded(std::string m) { return {Code::kDeadlineExceeded, std::move(m)}; }
   static Status OutOfRange(std::string m) { return {Code::kOutOfRange, std::move(m)}; }
   static Status Internal(std::string m) { return {Code::kInternal, std::move(m)}; }

@@ -46,7 +46,8 @@ void WorkerPool::Work(Job& job) {
   }
 }
 
-void WorkerPool::Run(int64_t num_tasks, std::function<void(int64_t)> task, std::function<void()> done) {
+void WorkerPool::Run(int64_t num_tasks, std::function<void(int64_t)> task,
+                     std::function<void()> done) {
   if (num_tasks <= 1 || helpers_.empty()) {
     {
       ScopedIeeeDenormals denormals;

@@ -1,5 +1,5 @@
-// Fork without join: a few threads share the tasks of an exchange, and whoever finishes the last task
-// runs the continuation. Nobody waits, so a pool of any size cannot deadlock.
+// Fork without join: a few threads share the tasks of an exchange, and whoever finishes the last
+// task runs the continuation. Nobody waits, so a pool of any size cannot deadlock.
 #pragma once
 
 #include <condition_variable>
@@ -25,9 +25,10 @@ class WorkerPool {
   /// threads of the host program may still use it while the process exits.
   static WorkerPool& Global();
 
-  /// Calls task(0) .. task(num_tasks - 1), in any order and on several threads, then `done` once, on the
-  /// thread that finished last. The caller takes part and returns when no task is left to start, which may
-  /// be before `done` has run. Tasks see IEEE denormals, whatever the caller's thread has set.
+  /// Calls task(0) .. task(num_tasks - 1), in any order and on several threads, then `done` once,
+  /// on the thread that finished last. The caller takes part and returns when no task is left to
+  /// start, which may be before `done` has run. Tasks see IEEE denormals, whatever the caller's
+  /// thread has set.
   void Run(int64_t num_tasks, std::function<void(int64_t)> task, std::function<void()> done);
 
   int num_threads() const { return static_cast<int>(helpers_.size()) + 1; }

@@ -1,5 +1,5 @@
-// Rows come home from their experts and are summed per token, on the host: combine, and the backward pass
-// of dispatch.
+// Rows come home from their experts and are summed per token, on the host: combine, and the
+// backward pass of dispatch.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +35,8 @@ struct CombineBuffers {
   void* out;                 // out [num_tokens, hidden]
 };
 
-/// out[token] = sum of row_weights * y over the token's rows, in float32, in order of (rank, k), rounded
-/// once. Runs on the pool and calls `done` when all ranks' outputs are complete.
+/// out[token] = sum of row_weights * y over the token's rows, in float32, in order of (rank, k),
+/// rounded once. Runs on the pool and calls `done` when all ranks' outputs are complete.
 void Combine(const CombineShape& shape, std::vector<CombineBuffers> ranks, WorkerPool& pool,
              std::function<void()> done);
 
@@ -50,11 +50,11 @@ struct DispatchGradBuffers {
 };
 
 /// dx[token] = sum of drows over the token's rows; dweights[token, k] = drow_weights of its row.
-void DispatchGrad(const CombineShape& shape, std::vector<DispatchGradBuffers> ranks, WorkerPool& pool,
-                  std::function<void()> done);
+void DispatchGrad(const CombineShape& shape, std::vector<DispatchGradBuffers> ranks,
+                  WorkerPool& pool, std::function<void()> done);
 
-/// The selections of one token that have a row, in order of (rank, k): the order of every float sum over
-/// them. Writes indices into the token's top_k selections and returns how many.
+/// The selections of one token that have a row, in order of (rank, k): the order of every float sum
+/// over them. Writes indices into the token's top_k selections and returns how many.
 int OrderedSelections(const int32_t* dest_rank, int top_k, int* order);
 
 }  // namespace wideep

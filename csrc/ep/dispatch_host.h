@@ -1,4 +1,5 @@
-// Rows travel from their tokens to their experts, on the host: dispatch, and the backward pass of combine.
+// Rows travel from their tokens to their experts, on the host: dispatch, and the backward pass of
+// combine.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +37,8 @@ struct DispatchBuffers {
   float* row_weights;        // out [capacity]
 };
 
-/// rows[dest_rank][dest_row] = x[token], row_weights likewise from weights[token, k]. Runs on the pool and
-/// calls `done` when all ranks' outputs are complete.
+/// rows[dest_rank][dest_row] = x[token], row_weights likewise from weights[token, k]. Runs on the
+/// pool and calls `done` when all ranks' outputs are complete.
 void Dispatch(const DispatchShape& shape, std::vector<DispatchBuffers> ranks, WorkerPool& pool,
               std::function<void()> done);
 
@@ -53,7 +54,7 @@ struct CombineGradBuffers {
 };
 
 /// dy[row] = row_weights[row] * dout[token] and drow_weights[row] = <y[row], dout[token]>.
-void CombineGrad(const DispatchShape& shape, std::vector<CombineGradBuffers> ranks, WorkerPool& pool,
-                 std::function<void()> done);
+void CombineGrad(const DispatchShape& shape, std::vector<CombineGradBuffers> ranks,
+                 WorkerPool& pool, std::function<void()> done);
 
 }  // namespace wideep

@@ -13,8 +13,8 @@
 namespace wideep {
 namespace {
 
-// Where every selection's row lies: a selection is (rank * num_tokens + token) * top_k + k, a row counts
-// through all experts of its rank.
+// Where every selection's row lies: a selection is (rank * num_tokens + token) * top_k + k, a row
+// counts through all experts of its rank.
 struct SelectionRows {
   std::vector<int32_t> rank;  // -1 = masked
   std::vector<int32_t> row;
@@ -37,8 +37,9 @@ Status PlaceRows(const LowLatencyShape& shape, const std::vector<LowLatencyDispa
     const int32_t expert = *idx;
     if (expert < -1 || expert >= shape.num_experts) {
       return Status::OutOfRange("ll_dispatch: topk_idx must lie in [-1, " +
-                                std::to_string(shape.num_experts) + "), got " + std::to_string(expert) +
-                                " on " + Where(shape, s) + ". Use -1 for a masked selection");
+                                std::to_string(shape.num_experts) + "), got " +
+                                std::to_string(expert) + " on " + Where(shape, s) +
+                                ". Use -1 for a masked selection");
     }
     if (expert == -1) continue;
     for (int64_t k = s % shape.top_k; k > 0; --k) {
@@ -49,7 +50,8 @@ Status PlaceRows(const LowLatencyShape& shape, const std::vector<LowLatencyDispa
     }
     const int dst = expert / local_experts;
     placed.rank[s] = dst;
-    placed.row[s] = static_cast<int32_t>(expert % local_experts * shape.rows_per_expert() + counts[expert]++);
+    placed.row[s] =
+        static_cast<int32_t>(expert % local_experts * shape.rows_per_expert() + counts[expert]++);
     ranks[dst].row_source[placed.row[s]] = static_cast<int32_t>(s);
   }
   for (int expert = 0; expert < shape.num_experts; ++expert) {
@@ -63,8 +65,9 @@ Status PlaceRows(const LowLatencyShape& shape, const std::vector<LowLatencyDispa
 }
 
 Status ForeignRecv(const char* array, int64_t got, const std::string& expected) {
-  return Status::InvalidArgument("ll_combine: recv does not belong to this call: " + std::string(array) +
-                                 " holds " + std::to_string(got) + ", expected " + expected);
+  return Status::InvalidArgument(
+      "ll_combine: recv does not belong to this call: " + std::string(array) + " holds " +
+      std::to_string(got) + ", expected " + expected);
 }
 
 Status FindRows(const LowLatencyShape& shape, const std::vector<LowLatencyCombineBuffers>& ranks,
@@ -94,8 +97,9 @@ Status FindRows(const LowLatencyShape& shape, const std::vector<LowLatencyCombin
 
 }  // namespace
 
-void LowLatencyDispatch(const LowLatencyShape& shape, std::vector<LowLatencyDispatchBuffers> buffers,
-                        WorkerPool& pool, StatusCallback done) {
+void LowLatencyDispatch(const LowLatencyShape& shape,
+                        std::vector<LowLatencyDispatchBuffers> buffers, WorkerPool& pool,
+                        StatusCallback done) {
   auto placed = std::make_shared<SelectionRows>();
   if (Status status = PlaceRows(shape, buffers, *placed); !status.ok()) return done(status);
 
@@ -113,7 +117,8 @@ void LowLatencyDispatch(const LowLatencyShape& shape, std::vector<LowLatencyDisp
       const int64_t first = e * shape.rows_per_expert() + rank.counts[e];
       const int64_t tail = shape.rows_per_expert() - rank.counts[e];
       std::memset(static_cast<char*>(rank.rows) + first * row_bytes, 0, tail * row_bytes);
-      if (rank.row_scales) std::memset(rank.row_scales + first * blocks, 0, tail * blocks * sizeof(float));
+      if (rank.row_scales)
+        std::memset(rank.row_scales + first * blocks, 0, tail * blocks * sizeof(float));
     }
   };
   const auto task = [=, &kernels](int64_t index) {
@@ -163,18 +168,20 @@ void LowLatencyCombine(const LowLatencyShape& shape, std::vector<LowLatencyCombi
       const int count = OrderedSelections(&placed->rank[first], shape.top_k, order);
       for (int i = 0; i < count; ++i) {
         const int64_t s = first + order[i];
-        rows[i] = static_cast<const char*>((*ranks)[placed->rank[s]].y) + placed->row[s] * row_bytes;
+        rows[i] =
+            static_cast<const char*>((*ranks)[placed->rank[s]].y) + placed->row[s] * row_bytes;
         weights[i] = home.topk_weights[token * shape.top_k + order[i]];
       }
-      kernels.weighted_sum(shape.dtype, static_cast<char*>(home.out) + token * row_bytes, rows, weights,
-                           count, shape.hidden);
+      kernels.weighted_sum(shape.dtype, static_cast<char*>(home.out) + token * row_bytes, rows,
+                           weights, count, shape.hidden);
     }
   };
   pool.Run(tasks.num_tasks(), task, [done = std::move(done)] { done(Status()); });
 }
 
-void LowLatencyCombineGrad(const LowLatencyShape& shape, std::vector<LowLatencyCombineBuffers> buffers,
-                           WorkerPool& pool, StatusCallback done) {
+void LowLatencyCombineGrad(const LowLatencyShape& shape,
+                           std::vector<LowLatencyCombineBuffers> buffers, WorkerPool& pool,
+                           StatusCallback done) {
   auto placed = std::make_shared<SelectionRows>();
   if (Status status = FindRows(shape, buffers, *placed); !status.ok()) return done(status);
 
@@ -202,10 +209,9 @@ void LowLatencyCombineGrad(const LowLatencyShape& shape, std::vector<LowLatencyC
         if (placed->rank[s] < 0) continue;
         const LowLatencyCombineBuffers& expert = (*ranks)[placed->rank[s]];
         const int64_t offset = placed->row[s] * row_bytes;
-        home.dtopk_weights[k] =
-            kernels.scale_and_dot(shape.dtype, static_cast<char*>(expert.dy) + offset, dout,
-                                  home.topk_weights[k], static_cast<const char*>(expert.y) + offset,
-                                  shape.hidden);
+        home.dtopk_weights[k] = kernels.scale_and_dot(
+            shape.dtype, static_cast<char*>(expert.dy) + offset, dout, home.topk_weights[k],
+            static_cast<const char*>(expert.y) + offset, shape.hidden);
       }
     }
   };

@@ -7,10 +7,11 @@ namespace wideep {
 namespace {
 
 Status IndexOutOfRange(const PlanShape& shape, size_t rank, int64_t selection, int32_t expert) {
-  return Status::OutOfRange("make_plan: topk_idx must lie in [-1, " + std::to_string(shape.num_experts) +
-                            "), got " + std::to_string(expert) + " on rank " + std::to_string(rank) +
-                            ", token " + std::to_string(selection / shape.top_k) + ", k " +
-                            std::to_string(selection % shape.top_k) + ". Use -1 for a masked selection");
+  return Status::OutOfRange(
+      "make_plan: topk_idx must lie in [-1, " + std::to_string(shape.num_experts) + "), got " +
+      std::to_string(expert) + " on rank " + std::to_string(rank) + ", token " +
+      std::to_string(selection / shape.top_k) + ", k " + std::to_string(selection % shape.top_k) +
+      ". Use -1 for a masked selection");
 }
 
 Status CapacityExceeded(int rank, int64_t wanted, int64_t capacity) {

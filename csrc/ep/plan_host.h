@@ -1,4 +1,5 @@
-// The coordination pass on the host: from every rank's choice of experts to every row's final place.
+// The coordination pass on the host: from every rank's choice of experts to every row's final
+// place.
 #pragma once
 
 #include <cstdint>
@@ -34,13 +35,14 @@ struct PlanBuffers {
   int32_t* tokens_per_expert;  // out [num_experts] selections over all ranks, dropped ones included
   int32_t* dest_rank;          // out [num_tokens, top_k]; -1 = masked or dropped
   int32_t* dest_row;           // out [num_tokens, top_k]; row on dest_rank, or -1
-  int32_t* row_source;         // out [capacity]; (source rank * num_tokens + token) * top_k + k, or -1
-  int32_t* arrival_rows;       // out [capacity]; rows in order of source rank, token, k, then -1
-  int32_t* rows_per_source;    // out [num_ranks]; rows received from each source rank
+  int32_t* row_source;    // out [capacity]; (source rank * num_tokens + token) * top_k + k, or -1
+  int32_t* arrival_rows;  // out [capacity]; rows in order of source rank, token, k, then -1
+  int32_t* rows_per_source;  // out [num_ranks]; rows received from each source rank
 };
 
-/// Selections are taken in order of source rank, token, k until a rank's capacity is full; the rest are
-/// dropped. Rows are packed by expert, and inside an expert in that same order. Fails on an index outside
+/// Selections are taken in order of source rank, token, k until a rank's capacity is full; the rest
+/// are dropped. Rows are packed by expert, and inside an expert in that same order. Fails on an
+/// index outside
 /// [-1, num_experts), and, if overflow_is_error, on a drop.
 Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks);
 

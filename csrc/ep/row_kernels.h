@@ -1,6 +1,6 @@
 // What is done to single rows on the host: copy, weighted sum, dot product, FP8. Compiled once per
-// instruction set from row_kernels.cc; all variants give the same bits (no contraction, fixed order of
-// sums).
+// instruction set from row_kernels.cc; all variants give the same bits (no contraction, fixed order
+// of sums).
 #pragma once
 
 #include <cstddef>
@@ -21,8 +21,8 @@ struct RowKernels {
   void (*copy)(void* dst, const void* src, size_t bytes, bool stream);
   void (*finish_streams)();
 
-  /// out[i] = sum over r, in order, of weights[r] * rows[r][i], in float32, rounded once to `dtype`.
-  /// `weights` null: all ones.
+  /// out[i] = sum over r, in order, of weights[r] * rows[r][i], in float32, rounded once to
+  /// `dtype`. `weights` null: all ones.
   void (*weighted_sum)(DType dtype, void* out, const void* const* rows, const float* weights,
                        int num_rows, int64_t hidden);
 
@@ -39,7 +39,8 @@ struct RowKernels {
   void (*dequantize)(DType dtype, void* out, const uint8_t* q, const float* scales, int64_t hidden);
 };
 
-/// The widest variant that this processor runs. WIDEEP_ISA=portable|v3|v4 in the environment overrides.
+/// The widest variant that this processor runs. WIDEEP_ISA=portable|v3|v4 in the environment
+/// overrides.
 const RowKernels& SelectRowKernels();
 
 /// All variants that this processor runs, widest last; for tests. Returns how many were written.

@@ -11,7 +11,8 @@ class TokenTasks {
   /// Tasks of about kBytesPerTask each; a task never spans two ranks.
   TokenTasks(int num_ranks, int64_t num_tokens, int64_t bytes_per_token)
       : num_tokens_(num_tokens),
-        tokens_per_task_(std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, bytes_per_token))),
+        tokens_per_task_(
+            std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, bytes_per_token))),
         tasks_per_rank_((num_tokens + tokens_per_task_ - 1) / tokens_per_task_),
         num_tasks_(num_ranks * tasks_per_rank_) {}
 

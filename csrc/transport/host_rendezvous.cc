@@ -55,9 +55,10 @@ void HostRendezvous::Arrive(const MeetingKey& key, Arrival arrival, const Exchan
         }
       }
       if (meeting.args[arrival.rank] != nullptr) {
-        refused = Status::Internal(std::string(arrival.op) + ": rank " + std::to_string(arrival.rank) +
-                                   " arrived twice at one exchange. Run the op inside shard_map over the "
-                                   "group's own mesh, with every mesh axis manual");
+        refused =
+            Status::Internal(std::string(arrival.op) + ": rank " + std::to_string(arrival.rank) +
+                             " arrived twice at one exchange. Run the op inside shard_map over the "
+                             "group's own mesh, with every mesh axis manual");
       } else {
         meeting.args[arrival.rank] = std::move(arrival.args);
         meeting.done[arrival.rank] = std::move(arrival.done);
@@ -71,9 +72,10 @@ void HostRendezvous::Arrive(const MeetingKey& key, Arrival arrival, const Exchan
     arrival.done(refused);
     return;
   }
-  exchange(std::move(complete.args), [completions = std::move(complete.done)](const Status& status) {
-    CompleteAll(completions, status);
-  });
+  exchange(std::move(complete.args),
+           [completions = std::move(complete.done)](const Status& status) {
+             CompleteAll(completions, status);
+           });
 }
 
 void HostRendezvous::CancelGroup(int64_t group, const Status& why) {
@@ -96,13 +98,16 @@ void HostRendezvous::CancelGroup(int64_t group, const Status& why) {
 Status HostRendezvous::Missing(const Meeting& meeting) {
   std::string missing;
   for (size_t rank = 0; rank < meeting.args.size(); ++rank) {
-    if (meeting.args[rank] == nullptr) missing += (missing.empty() ? "" : ", ") + std::to_string(rank);
+    if (meeting.args[rank] == nullptr)
+      missing += (missing.empty() ? "" : ", ") + std::to_string(rank);
   }
-  return Status::DeadlineExceeded(
-      std::string(meeting.op) + ": rank(s) " + missing + " of " + std::to_string(meeting.args.size()) +
-      " did not arrive within the deadline of " + std::to_string(meeting.deadline.count()) +
-      " ms. Every rank of the group must run every exchange; look at what those ranks did instead, or "
-      "raise deadline_s on the ExpertGroup");
+  return Status::DeadlineExceeded(std::string(meeting.op) + ": rank(s) " + missing + " of " +
+                                  std::to_string(meeting.args.size()) +
+                                  " did not arrive within the deadline of " +
+                                  std::to_string(meeting.deadline.count()) +
+                                  " ms. Every rank of the group must run every exchange; look at "
+                                  "what those ranks did instead, or "
+                                  "raise deadline_s on the ExpertGroup");
 }
 
 void HostRendezvous::Remember(const MeetingKey& key, const Status& status) {
@@ -120,7 +125,8 @@ void HostRendezvous::WatchDeadlines() {
     if (next_check_ == Clock::time_point::max()) {
       wake_watcher_.wait(lock);
     } else {
-      const Clock::time_point until = next_check_;  // a copy: arrivals may move next_check_ meanwhile
+      const Clock::time_point until =
+          next_check_;  // a copy: arrivals may move next_check_ meanwhile
       wake_watcher_.wait_until(lock, until);
     }
     const Clock::time_point now = Clock::now();

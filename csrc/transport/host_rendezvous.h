@@ -1,12 +1,14 @@
-// Where the ranks of one process meet. Each rank brings its buffers and leaves; the last one to come does
-// the exchange for all. No rank blocks a thread while it waits: its completion is called later.
+// Where the ranks of one process meet. Each rank brings its buffers and leaves; the last one to
+// come does the exchange for all. No rank blocks a thread while it waits: its completion is called
+// later.
 //
 //   who writes   Arrive() adds the rank's arguments under the mutex.
-//   who runs     the last of `num_ranks` arrivals takes the meeting out of the table and runs the exchange.
-//   who resets   nobody: a meeting is made by its first arrival and dropped by its last, or by the deadline.
+//   who runs     the last of `num_ranks` arrivals takes the meeting out of the table and runs the
+//   exchange. who resets   nobody: a meeting is made by its first arrival and dropped by its last,
+//   or by the deadline.
 //
-// A meeting that misses its deadline fails on every rank that came, naming those that did not. Its key is
-// remembered for a while, so that a rank that comes late gets the same error at once.
+// A meeting that misses its deadline fails on every rank that came, naming those that did not. Its
+// key is remembered for a while, so that a rank that comes late gets the same error at once.
 #pragma once
 
 #include <chrono>
@@ -42,8 +44,7 @@ struct MeetingKey {
 using Completion = std::function<void(const Status&)>;
 
 /// Runs one exchange. `args[rank]` is what that rank brought. Calls `finish` once, from any thread.
-using Exchange =
-    std::function<void(std::vector<std::shared_ptr<void>> args, Completion finish)>;
+using Exchange = std::function<void(std::vector<std::shared_ptr<void>> args, Completion finish)>;
 
 class HostRendezvous {
  public:
@@ -64,8 +65,9 @@ class HostRendezvous {
   /// The rendezvous of this process; never destroyed.
   static HostRendezvous& Global();
 
-  /// Adds a rank to its meeting. If it is the last one, runs `exchange` on this thread (and on whatever
-  /// threads the exchange uses). `arrival.done` is called exactly once, perhaps before this returns.
+  /// Adds a rank to its meeting. If it is the last one, runs `exchange` on this thread (and on
+  /// whatever threads the exchange uses). `arrival.done` is called exactly once, perhaps before
+  /// this returns.
   void Arrive(const MeetingKey& key, Arrival arrival, const Exchange& exchange);
 
   /// Fails every meeting of `group` that is still open: its memory is about to go.

@@ -1,6 +1,5 @@
 // Handlers of combine and of dispatch's backward pass.
 #include "csrc/ep/combine_host.h"
-
 #include "xla_ffi/cpu/handlers.h"
 #include "xla_ffi/cpu/meet.h"
 
@@ -15,19 +14,19 @@ Status RowShape(const char* op, const ffi::AnyBuffer& tokens, const I32Matrix& d
                 CombineShape& shape) {
   const std::optional<DType> dtype = RowDType(tokens.element_type());
   if (!dtype || tokens.dimensions().size() != 2) {
-    return Status::InvalidArgument(std::string(op) + ": rows must be [capacity, hidden] float, got " +
-                                   ShapeOf(tokens));
+    return Status::InvalidArgument(
+        std::string(op) + ": rows must be [capacity, hidden] float, got " + ShapeOf(tokens));
   }
-  shape = {tokens.dimensions()[0], static_cast<int>(dest_rank.dimensions()[1]), tokens.dimensions()[1],
-           *dtype};
+  shape = {tokens.dimensions()[0], static_cast<int>(dest_rank.dimensions()[1]),
+           tokens.dimensions()[1], *dtype};
   if (shape.top_k <= kMaxTopK) return Status();
-  return Status::InvalidArgument(std::string(op) + ": top-k must be at most " + std::to_string(kMaxTopK) +
-                                 ", got " + std::to_string(shape.top_k));
+  return Status::InvalidArgument(std::string(op) + ": top-k must be at most " +
+                                 std::to_string(kMaxTopK) + ", got " + std::to_string(shape.top_k));
 }
 
 ffi::Future CombineImpl(int32_t device, ffi::RunId run_id, OpInstance* instance, int64_t group,
-                        ffi::AnyBuffer y, F32Vector row_weights, I32Matrix dest_rank, I32Matrix dest_row,
-                        ffi::Result<ffi::AnyBuffer> out) {
+                        ffi::AnyBuffer y, F32Vector row_weights, I32Matrix dest_rank,
+                        I32Matrix dest_row, ffi::Result<ffi::AnyBuffer> out) {
   CombineShape shape;
   if (Status status = RowShape("combine", *out, dest_rank, shape); !status.ok()) {
     return FailedFuture(status);
@@ -49,13 +48,14 @@ ffi::Future DispatchGradImpl(int32_t device, ffi::RunId run_id, OpInstance* inst
   if (Status status = RowShape("dispatch's gradient", *dx, dest_rank, shape); !status.ok()) {
     return FailedFuture(status);
   }
-  const DispatchGradBuffers buffers{drows.untyped_data(),  drow_weights.typed_data(),
+  const DispatchGradBuffers buffers{drows.untyped_data(),   drow_weights.typed_data(),
                                     dest_rank.typed_data(), dest_row.typed_data(),
-                                    dx->untyped_data(),    dweights->typed_data()};
+                                    dx->untyped_data(),     dweights->typed_data()};
   return Meet<CombineShape, DispatchGradBuffers>(
       "dispatch's gradient", {device, run_id, instance, group}, shape, buffers, NoCheck,
       [](const CombineShape& agreed, std::vector<DispatchGradBuffers> ranks, Completion finish) {
-        DispatchGrad(agreed, std::move(ranks), WorkerPool::Global(), [finish] { finish(Status()); });
+        DispatchGrad(agreed, std::move(ranks), WorkerPool::Global(),
+                     [finish] { finish(Status()); });
       });
 }
 
@@ -68,11 +68,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(WideepCombine, wideep::CombineImpl,
                                   .Ctx<xla::ffi::RunId>()
                                   .Ctx<xla::ffi::State<wideep::OpInstance>>()
                                   .Attr<int64_t>("group")
-                                  .Arg<xla::ffi::AnyBuffer>()   // y [capacity, hidden]
-                                  .Arg<wideep::F32Vector>()     // row_weights [capacity]
-                                  .Arg<wideep::I32Matrix>()     // dest_rank [tokens, k]
-                                  .Arg<wideep::I32Matrix>()     // dest_row [tokens, k]
-                                  .Ret<xla::ffi::AnyBuffer>()); // out [tokens, hidden]
+                                  .Arg<xla::ffi::AnyBuffer>()    // y [capacity, hidden]
+                                  .Arg<wideep::F32Vector>()      // row_weights [capacity]
+                                  .Arg<wideep::I32Matrix>()      // dest_rank [tokens, k]
+                                  .Arg<wideep::I32Matrix>()      // dest_row [tokens, k]
+                                  .Ret<xla::ffi::AnyBuffer>());  // out [tokens, hidden]
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(WideepDispatchGrad, wideep::DispatchGradImpl,
                               xla::ffi::Ffi::Bind()

@@ -1,6 +1,5 @@
 // Handlers of dispatch and of combine's backward pass.
 #include "csrc/ep/dispatch_host.h"
-
 #include "xla_ffi/cpu/handlers.h"
 #include "xla_ffi/cpu/meet.h"
 
@@ -19,8 +18,12 @@ Status RowShape(const char* op, const ffi::AnyBuffer& tokens, const I32Matrix& d
     return Status::InvalidArgument(std::string(op) + ": rows must be [tokens, hidden] float, got " +
                                    ShapeOf(tokens));
   }
-  shape = {tokens.dimensions()[0], static_cast<int>(dest_rank.dimensions()[1]), tokens.dimensions()[1],
-           rows.dimensions()[0], *dtype, zero_tail};
+  shape = {tokens.dimensions()[0],
+           static_cast<int>(dest_rank.dimensions()[1]),
+           tokens.dimensions()[1],
+           rows.dimensions()[0],
+           *dtype,
+           zero_tail};
   return Status();
 }
 
@@ -32,9 +35,9 @@ ffi::Future DispatchImpl(int32_t device, ffi::RunId run_id, OpInstance* instance
   if (Status status = RowShape("dispatch", x, dest_rank, *rows, zero_tail, shape); !status.ok()) {
     return FailedFuture(status);
   }
-  const DispatchBuffers buffers{x.untyped_data(),       weights.typed_data(),  dest_rank.typed_data(),
-                                dest_row.typed_data(),  num_rows.typed_data(), rows->untyped_data(),
-                                row_weights->typed_data()};
+  const DispatchBuffers buffers{
+      x.untyped_data(),      weights.typed_data(), dest_rank.typed_data(),   dest_row.typed_data(),
+      num_rows.typed_data(), rows->untyped_data(), row_weights->typed_data()};
   return Meet<DispatchShape, DispatchBuffers>(
       "dispatch", {device, run_id, instance, group}, shape, buffers, NoCheck,
       [](const DispatchShape& agreed, std::vector<DispatchBuffers> ranks, Completion finish) {
@@ -43,17 +46,19 @@ ffi::Future DispatchImpl(int32_t device, ffi::RunId run_id, OpInstance* instance
 }
 
 ffi::Future CombineGradImpl(int32_t device, ffi::RunId run_id, OpInstance* instance, int64_t group,
-                            bool zero_tail, ffi::AnyBuffer dout, ffi::AnyBuffer y, F32Vector row_weights,
-                            I32Matrix dest_rank, I32Matrix dest_row, I32Scalar num_rows,
-                            ffi::Result<ffi::AnyBuffer> dy, ffi::Result<F32Vector> drow_weights) {
+                            bool zero_tail, ffi::AnyBuffer dout, ffi::AnyBuffer y,
+                            F32Vector row_weights, I32Matrix dest_rank, I32Matrix dest_row,
+                            I32Scalar num_rows, ffi::Result<ffi::AnyBuffer> dy,
+                            ffi::Result<F32Vector> drow_weights) {
   DispatchShape shape;
   if (Status status = RowShape("combine's gradient", dout, dest_rank, *dy, zero_tail, shape);
       !status.ok()) {
     return FailedFuture(status);
   }
-  const CombineGradBuffers buffers{dout.untyped_data(),    y.untyped_data(),      row_weights.typed_data(),
-                                   dest_rank.typed_data(), dest_row.typed_data(), num_rows.typed_data(),
-                                   dy->untyped_data(),     drow_weights->typed_data()};
+  const CombineGradBuffers buffers{dout.untyped_data(),      y.untyped_data(),
+                                   row_weights.typed_data(), dest_rank.typed_data(),
+                                   dest_row.typed_data(),    num_rows.typed_data(),
+                                   dy->untyped_data(),       drow_weights->typed_data()};
   return Meet<DispatchShape, CombineGradBuffers>(
       "combine's gradient", {device, run_id, instance, group}, shape, buffers, NoCheck,
       [](const DispatchShape& agreed, std::vector<CombineGradBuffers> ranks, Completion finish) {

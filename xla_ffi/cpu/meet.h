@@ -1,5 +1,5 @@
-// What every CPU handler of an exchange does: bring this rank's buffers to the rendezvous and return a
-// future that completes when the exchange is done.
+// What every CPU handler of an exchange does: bring this rank's buffers to the rendezvous and
+// return a future that completes when the exchange is done.
 #pragma once
 
 #include <atomic>
@@ -18,8 +18,9 @@
 
 namespace wideep {
 
-/// One call site of an executable. XLA instantiates it once and shares it among the devices, so its number
-/// tells exchanges apart even where a traced function is called twice and its attributes are equal.
+/// One call site of an executable. XLA instantiates it once and shares it among the devices, so its
+/// number tells exchanges apart even where a traced function is called twice and its attributes are
+/// equal.
 struct OpInstance {
   static ffi::TypeId id;
   static ffi::TypeInfo info;
@@ -66,8 +67,8 @@ inline ffi::Future FailedFuture(const Status& status) {
   return future;
 }
 
-/// `Shape` is what all ranks must agree on, `Buffers` one rank's part. `check(place)` may refuse the call;
-/// `run(shape, buffers of all ranks in rank order, finish)` does the exchange.
+/// `Shape` is what all ranks must agree on, `Buffers` one rank's part. `check(place)` may refuse
+/// the call; `run(shape, buffers of all ranks in rank order, finish)` does the exchange.
 template <typename Shape, typename Buffers>
 ffi::Future Meet(const char* op, const CallSite& site, const Shape& shape, const Buffers& buffers,
                  const std::function<Status(const HostGroup&, HostGroup::Place)>& check,
@@ -79,13 +80,15 @@ ffi::Future Meet(const char* op, const CallSite& site, const Shape& shape, const
   std::shared_ptr<const HostGroup> group = GroupRegistry::Global().Find(site.group);
   if (group == nullptr) {
     return FailedFuture(Status::FailedPrecondition(
-        std::string(op) + ": the ExpertGroup was closed. Keep it open for as long as functions that use it run"));
+        std::string(op) +
+        ": the ExpertGroup was closed. Keep it open for as long as functions that use it run"));
   }
   auto place = group->place_of_device.find(site.device);
   if (place == group->place_of_device.end()) {
-    return FailedFuture(Status::FailedPrecondition(
-        std::string(op) + ": device " + std::to_string(site.device) +
-        " is not in the ExpertGroup's mesh. Run the op inside shard_map over the group's own mesh"));
+    return FailedFuture(Status::FailedPrecondition(std::string(op) + ": device " +
+                                                   std::to_string(site.device) +
+                                                   " is not in the ExpertGroup's mesh. Run the op "
+                                                   "inside shard_map over the group's own mesh"));
   }
   if (Status status = check(*group, place->second); !status.ok()) return FailedFuture(status);
 
@@ -107,17 +110,20 @@ ffi::Future Meet(const char* op, const CallSite& site, const Shape& shape, const
         handle.SetError(ToFfiError(status));
       }
     };
-    // Completing a future runs what XLA scheduled behind it, and that may block: its own collectives wait
-    // for the other ranks. Only while this rank's handler has not returned is nothing behind it yet.
+    // Completing a future runs what XLA scheduled behind it, and that may block: its own
+    // collectives wait for the other ranks. Only while this rank's handler has not returned is
+    // nothing behind it yet.
     if (running.OnThisThread()) return complete();
     ElasticThreads::Global().Run([complete, env] {
       SetFloatEnv(env);  // of XLA's thread, so that the rank computes the same bits on ours
       complete();
     });
   };
-  const MeetingKey key{site.run_id.run_id, site.instance->number, site.group, place->second.subgroup};
+  const MeetingKey key{site.run_id.run_id, site.instance->number, site.group,
+                       place->second.subgroup};
   HostRendezvous::Global().Arrive(
-      key, std::move(arrival), [op, run](std::vector<std::shared_ptr<void>> args, Completion finish) {
+      key, std::move(arrival),
+      [op, run](std::vector<std::shared_ptr<void>> args, Completion finish) {
         std::vector<Buffers> all;
         const Shape& first = static_cast<Brought*>(args[0].get())->shape;
         for (const std::shared_ptr<void>& arg : args) {

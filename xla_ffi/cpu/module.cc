@@ -35,7 +35,8 @@ int64_t OpenGroup(int num_ranks, double deadline_s, const std::vector<DevicePlac
   HostGroup group;
   group.num_ranks = num_ranks;
   group.deadline = std::chrono::milliseconds(static_cast<int64_t>(deadline_s * 1e3));
-  for (const auto& [device, subgroup, rank] : places) group.place_of_device[device] = {subgroup, rank};
+  for (const auto& [device, subgroup, rank] : places)
+    group.place_of_device[device] = {subgroup, rank};
   return GroupRegistry::Global().Add(std::move(group));
 }
 
@@ -74,12 +75,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(WideepInstantiateOp, wideep::InstantiateOp,
 
 NB_MODULE(_wideep_cpu, m) {
   m.doc() = "Handlers of the CPU backend. Private: use the functions of jax_wideep.";
-  m.def("ffi_api_version", [] { return std::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
-        "The FFI version this module was built against.");
+  m.def(
+      "ffi_api_version", [] { return std::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
+      "The FFI version this module was built against.");
   m.def("handlers", wideep::ExchangeHandlers, "target name -> capsule, or stage -> capsule");
   m.def("op_instance_type", wideep::OpInstanceType, "the state type of the handlers");
-  m.def("open_group", wideep::OpenGroup, nb::arg("num_ranks"), nb::arg("deadline_s"), nb::arg("places"),
+  m.def("open_group", wideep::OpenGroup, nb::arg("num_ranks"), nb::arg("deadline_s"),
+        nb::arg("places"),
         "places: (device id, subgroup, rank) of every device; returns the group's id");
-  m.def("close_group", [](int64_t id) { wideep::GroupRegistry::Global().Close(id); }, nb::arg("id"));
+  m.def(
+      "close_group", [](int64_t id) { wideep::GroupRegistry::Global().Close(id); }, nb::arg("id"));
   m.def("isa", [] { return wideep::SelectRowKernels().isa; }, "instruction set of the row kernels");
 }
