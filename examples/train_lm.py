@@ -20,17 +20,17 @@ from typing import NamedTuple
 
 import jax
 import tyro
-from flax import nnx
 from lm import training
-from lm.checkpoint import Checkpoints, History, check_same, model_settings
+from lm.checkpoint import Checkpoints, History
 from lm.progress import TrainingProgress
 from lm.text import Corpus, read_corpus
+from lm.training import ModelSizes
 from rich.console import Console
 
 import jax_wideep as wep
-from jax_wideep.flax.transformer import Transformer, TransformerConfig
+from jax_wideep.flax.transformer import Transformer
 
-console = Console()
+console = Console(soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,7 @@ class Options:
       steps: training steps in all, those before a restart included.
       batch: sequences a step, over all devices.
       seq: bytes of a sequence.
-      hidden: hidden size, a multiple of 128.
-      layers: blocks of attention and experts.
-      heads: attention heads.
-      ffn: inner size of an expert.
-      experts: experts over all devices.
-      top_k: experts a byte goes to.
-      capacity_factor: rows a device can receive, as a multiple of the average; what is above is dropped.
+      model: sizes of the model.
       learning_rate: the highest of the schedule.
       seed: of weights and batches.
       eval_every: steps between two measurements of the held-out loss.
@@ -63,13 +57,7 @@ class Options:
     steps: int = 200
     batch: int = 16
     seq: int = 128
-    hidden: int = 128
-    layers: int = 3
-    heads: int = 4
-    ffn: int = 256
-    experts: int = 16
-    top_k: int = 2
-    capacity_factor: float = 2.0
+    model: tyro.conf.OmitArgPrefixes[ModelSizes] = dataclasses.field(default_factory=ModelSizes)
     learning_rate: float = 3e-3
     seed: int = 0
     eval_every: int = 50
@@ -78,18 +66,6 @@ class Options:
     checkpoint: Path | None = None
     checkpoint_every: int = 100
     fresh: bool = False
-
-    def model_config(self) -> TransformerConfig:
-        """The model these options describe."""
-        return TransformerConfig(
-            hidden=self.hidden,
-            num_layers=self.layers,
-            num_heads=self.heads,
-            ffn=self.ffn,
-            num_experts=self.experts,
-            top_k=self.top_k,
-            capacity_factor=self.capacity_factor,
-        )
 
 
 class Run(NamedTuple):
@@ -107,20 +83,16 @@ def train(options: Options) -> Run:
     Call `jax_wideep.use_cpu_devices` before it.
     """
     corpus = read_corpus(options.data, options.pattern)
-    config = options.model_config()
-    model = training.make_model(config, options.seed)
+    model = training.make_model(options.model.config(), options.seed)
     optimizer = training.make_optimizer(model, options.learning_rate, options.steps)
-    console.print(f"[bold]Text[/bold]    {corpus.description}")
-    console.print(f"[bold]Model[/bold]   {describe(model)}")
-    console.print(
-        f"[bold]Devices[/bold] {jax.device_count()} {jax.devices()[0].platform}, {_layout(options, model)}"
-    )
+    console.print(f"{corpus.description}\n{training.describe(model)}", highlight=False)
 
-    checkpoints, history, settings = None, History(), model_settings(config) | {"seed": options.seed}
+    checkpoints, history = None, History()
+    settings = {"model": dataclasses.asdict(options.model), "seed": options.seed}
     if options.checkpoint is not None:
         checkpoints = Checkpoints(options.checkpoint, fresh=options.fresh)
         if checkpoints.step() is not None:
-            check_same(checkpoints.settings(), settings, checkpoints.folder)
+            checkpoints.check_settings(settings)
             history = checkpoints.restore(model, optimizer)
             console.print(f"Going on from step {history.steps}, found in {checkpoints.folder}")
     if history.steps >= options.steps:
@@ -163,16 +135,6 @@ def train(options: Options) -> Run:
     return Run(model, corpus, history, interrupted=False)
 
 
-def describe(model: Transformer) -> str:
-    """One line about a model's sizes."""
-    config = model.config
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    return (
-        f"{parameters / 1e6:.1f} M parameters: {config.num_layers} layers, hidden {config.hidden}, "
-        f"{config.num_experts} experts of inner size {config.ffn}, top-{config.top_k}"
-    )
-
-
 @contextlib.contextmanager
 def stop_on_interrupt() -> Iterator[list[int]]:
     """Ctrl-C fills the list, so that a step and a save are never cut in two; a second Ctrl-C ends at once."""
@@ -188,15 +150,6 @@ def stop_on_interrupt() -> Iterator[list[int]]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _layout(options: Options, model: Transformer) -> str:
-    group = model.group
-    per_device = options.batch * options.seq // group.num_ranks
-    return (
-        f"{per_device} tokens and {group.local_experts} experts of every layer on each, "
-        f"exchange backend {group.backend!r}"
-    )
 
 
 if __name__ == "__main__":

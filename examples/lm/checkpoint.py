@@ -11,8 +11,6 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from jax_wideep.flax.transformer import TransformerConfig
-
 
 @dataclasses.dataclass
 class History:
@@ -75,6 +73,16 @@ class Checkpoints:
         """The settings of the newest checkpoint."""
         return self._read(settings=ocp.args.JsonRestore())["settings"]
 
+    def check_settings(self, wanted: dict[str, Any]) -> None:
+        """Raises ValueError, naming what differs, unless the newest checkpoint has the settings `wanted`."""
+        found = self.settings()
+        different = [f"{name} = {found.get(name)!r}" for name in wanted if found.get(name) != wanted[name]]
+        if different:
+            raise ValueError(
+                f"checkpoint: expected one with {wanted} in {self.folder}, got one with {', '.join(different)}; "
+                "use its settings or another folder, or pass --fresh to remove it"
+            )
+
     def restore(self, model: nnx.Module, optimizer: nnx.Optimizer | None = None) -> History:
         """Fills the model, and the optimiser if given, from the newest checkpoint, laid out as they are now."""
         wanted = {"model": model} if optimizer is None else {"model": model, "optimizer": optimizer}
@@ -94,26 +102,6 @@ class Checkpoints:
                 "examples/train_lm.py, or give another folder"
             )
         return self._manager.restore(step, args=ocp.args.Composite(**args))
-
-
-def model_settings(config: TransformerConfig) -> dict[str, Any]:
-    """The settings that decide a model's parameters and values, as JSON takes them."""
-    names = ("hidden", "num_layers", "num_heads", "ffn", "num_experts", "top_k", "capacity_factor")
-    return {name: getattr(config, name) for name in names}
-
-
-def check_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    """Raises ValueError, naming what differs, unless a checkpoint was made with the settings of this run."""
-    different = [
-        f"{name} = {found.get(name)!r}, not {value!r}"
-        for name, value in wanted.items()
-        if found.get(name) != value
-    ]
-    if different:
-        raise ValueError(
-            f"checkpoint: expected one with this run's settings in {folder}, found one with "
-            f"{'; '.join(different)}; give those, another folder, or --fresh to remove it"
-        )
 
 
 def _pure(module: nnx.Module) -> dict[str, Any]:

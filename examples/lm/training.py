@@ -17,6 +17,42 @@ from jax_wideep.flax.transformer import Transformer, TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of the model.
+
+    Attributes:
+      hidden: hidden size, a multiple of 128.
+      layers: blocks of attention and experts.
+      heads: attention heads.
+      ffn: inner size of an expert.
+      experts: experts over all devices.
+      top_k: experts a byte goes to.
+      capacity_factor: rows a device can receive, as a multiple of the average; what is above is dropped.
+    """
+
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    ffn: int = 256
+    experts: int = 16
+    top_k: int = 2
+    capacity_factor: float = 2.0
+
+    def config(self, **settings: Any) -> TransformerConfig:
+        """The model with these sizes; `settings` are further ones."""
+        return TransformerConfig(
+            hidden=self.hidden,
+            num_layers=self.layers,
+            num_heads=self.heads,
+            ffn=self.ffn,
+            num_experts=self.experts,
+            top_k=self.top_k,
+            capacity_factor=self.capacity_factor,
+            **settings,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class LossWeights:
     """Weights of the router's losses beside the next-byte loss.
 
@@ -43,6 +79,18 @@ class StepReport(NamedTuple):
     tokens_per_expert: jax.Array
 
 
+def describe(model: Transformer) -> str:
+    """A line about a model's sizes and one about where it runs."""
+    config, group = model.config, model.group
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    return (
+        f"{parameters / 1e6:.1f} M parameters: {config.num_layers} layers, hidden {config.hidden}, "
+        f"{config.num_experts} experts of inner size {config.ffn}, top-{config.top_k}\n"
+        f"{group.num_ranks} {jax.devices()[0].platform} devices, {group.local_experts} experts of every layer on "
+        f"each, exchange backend {group.backend!r}"
+    )
+
+
 def make_mesh() -> jax.sharding.Mesh:
     """All devices on one axis, over which both sequences and experts are spread."""
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -62,7 +110,12 @@ def make_optimizer(model: Transformer, learning_rate: float, steps: int) -> nnx.
     chain = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.01)
     )
-    return nnx.Optimizer(model, chain, wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
+    # Moments lie where their parameters do, but counters are on one device: put them on all.
+    everywhere = NamedSharding(model.group.mesh, PartitionSpec())
+    state = nnx.state(optimizer)
+    nnx.update(optimizer, jax.tree.map(lambda x: jax.device_put(x, everywhere) if x.ndim == 0 else x, state))
+    return optimizer
 
 
 def next_byte_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
