@@ -112,9 +112,7 @@ def test_any_routing(data):
     x, weights, topk_idx = draw_inputs(seed, num_ranks, tokens, num_experts, top_k, hidden, **routing)
     empty_ranks = data.draw(st.lists(st.integers(0, num_ranks - 1), max_size=2), "ranks without tokens")
     topk_idx[empty_ranks] = -1
-    with wep.ExpertGroup(
-        mesh, num_experts=num_experts, top_k=top_k, hidden=hidden, backend=backend
-    ) as group:
+    with wep.ExpertGroup(mesh, num_experts=num_experts, top_k=top_k, hidden=hidden, backend=backend) as group:
         check_round_trip(group, x, weights, topk_idx, capacity, dtype)
 
 
@@ -144,9 +142,13 @@ def test_gradients(make_group, backend, dtype, capacity):
     want_dx = 1.5 * np.where(kept, weights, 0).sum(axis=2)[..., None] * cot64
     want_dw = np.where(kept, 1.5 * np.sum(x64 * cot64, axis=2)[..., None], 0)
     eps = EPS[dtype]
-    np.testing.assert_allclose(np.asarray(dx, np.float64), want_dx.reshape(dx.shape), rtol=8 * eps, atol=16 * eps)
+    np.testing.assert_allclose(
+        np.asarray(dx, np.float64), want_dx.reshape(dx.shape), rtol=8 * eps, atol=16 * eps
+    )
     size = np.abs(x64 * cot64).sum(axis=2).max()  # of the sum whose rounding is compared
-    np.testing.assert_allclose(np.asarray(dweights), want_dw.reshape(dweights.shape), rtol=8 * eps, atol=eps * size)
+    np.testing.assert_allclose(
+        np.asarray(dweights), want_dw.reshape(dweights.shape), rtol=8 * eps, atol=eps * size
+    )
 
 
 def test_gradient_rows_past_the_end_are_zero(make_group, backend):

@@ -19,7 +19,9 @@ def expected(rows, w, sizes):
         if rows.ndim == 3:
             out[group, :size] = rows[group, :size].astype(np.float64) @ w[group].astype(np.float64)
         else:
-            out[start : start + size] = rows[start : start + size].astype(np.float64) @ w[group].astype(np.float64)
+            out[start : start + size] = rows[start : start + size].astype(np.float64) @ w[group].astype(
+                np.float64
+            )
         start += size
     return out
 
@@ -68,7 +70,9 @@ def test_gradients(implementation, shape, sizes):
         out = wep.grouped_matmul(rows, w, jnp.array(sizes, jnp.int32), implementation=implementation)
         return jnp.sum(out * jnp.asarray(dout, jnp.float32))
 
-    drows, dw = jax.jit(jax.grad(run, argnums=(0, 1)))(jnp.asarray(rows, jnp.float32), jnp.asarray(w, jnp.float32))
+    drows, dw = jax.jit(jax.grad(run, argnums=(0, 1)))(
+        jnp.asarray(rows, jnp.float32), jnp.asarray(w, jnp.float32)
+    )
     want_drows = expected(dout, w.transpose(0, 2, 1), sizes)
     want_dw = np.zeros_like(w)
     start = 0
@@ -93,7 +97,9 @@ def test_under_remat_vmap_and_scan():
     np.testing.assert_allclose(jax.vmap(one)(rows, sizes), want, rtol=1e-6, atol=1e-6)
 
     def scanned(rows):
-        return jax.lax.scan(lambda c, i: (jnp.sin(jax.checkpoint(one)(c, sizes[i])), None), rows, jnp.arange(3))[0]
+        return jax.lax.scan(
+            lambda c, i: (jnp.sin(jax.checkpoint(one)(c, sizes[i])), None), rows, jnp.arange(3)
+        )[0]
 
     def unrolled(rows):
         for i in range(3):
@@ -108,12 +114,30 @@ def test_under_remat_vmap_and_scan():
     ("arguments", "message"),
     [
         ((jnp.ones(4), jnp.ones((2, 4, 4)), jnp.ones(2, jnp.int32)), r"rows: expected \[m, n_in\]"),
-        ((jnp.ones((4, 4)), jnp.ones((2, 5, 4)), jnp.ones(2, jnp.int32)), r"w: expected shape \[groups, 4, n_out\]"),
-        ((jnp.ones((4, 4)), jnp.ones((2, 4, 4)), jnp.ones(3, jnp.int32)), r"group_sizes: expected shape \[2\]"),
-        ((jnp.ones((4, 4)), jnp.ones((2, 4, 4)), jnp.ones(2)), "group_sizes: expected dtype int32, got float32"),
-        ((jnp.ones((4, 4), jnp.bfloat16), jnp.ones((2, 4, 4)), jnp.ones(2, jnp.int32)), "w: expected dtype bfloat16"),
-        ((jnp.ones((4, 4), int), jnp.ones((2, 4, 4)), jnp.ones(2, jnp.int32)), "rows: expected dtype bfloat16 or"),
-        ((jnp.ones((3, 4, 4)), jnp.ones((2, 4, 4)), jnp.ones(2, jnp.int32)), r"rows: expected shape \[2, m, 4\]"),
+        (
+            (jnp.ones((4, 4)), jnp.ones((2, 5, 4)), jnp.ones(2, jnp.int32)),
+            r"w: expected shape \[groups, 4, n_out\]",
+        ),
+        (
+            (jnp.ones((4, 4)), jnp.ones((2, 4, 4)), jnp.ones(3, jnp.int32)),
+            r"group_sizes: expected shape \[2\]",
+        ),
+        (
+            (jnp.ones((4, 4)), jnp.ones((2, 4, 4)), jnp.ones(2)),
+            "group_sizes: expected dtype int32, got float32",
+        ),
+        (
+            (jnp.ones((4, 4), jnp.bfloat16), jnp.ones((2, 4, 4)), jnp.ones(2, jnp.int32)),
+            "w: expected dtype bfloat16",
+        ),
+        (
+            (jnp.ones((4, 4), int), jnp.ones((2, 4, 4)), jnp.ones(2, jnp.int32)),
+            "rows: expected dtype bfloat16 or",
+        ),
+        (
+            (jnp.ones((3, 4, 4)), jnp.ones((2, 4, 4)), jnp.ones(2, jnp.int32)),
+            r"rows: expected shape \[2, m, 4\]",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -123,4 +147,6 @@ def test_bad_arguments(arguments, message):
 
 def test_bad_implementation():
     with pytest.raises(ValueError, match="implementation: expected 'auto', 'loop' or 'xla', got 'fast'"):
-        wep.grouped_matmul(jnp.ones((4, 4)), jnp.ones((2, 4, 4)), jnp.ones(2, jnp.int32), implementation="fast")
+        wep.grouped_matmul(
+            jnp.ones((4, 4)), jnp.ones((2, 4, 4)), jnp.ones(2, jnp.int32), implementation="fast"
+        )

@@ -17,7 +17,7 @@ EPS = {jnp.float32: 1e-6, jnp.float16: 1e-3, jnp.bfloat16: 8e-3}
 
 def expected_rows(x, topk_idx, num_experts, chunk):
     """rows [experts, ranks * chunk, hidden], counts [experts], row_source, by appending in order."""
-    num_ranks, tokens, top_k = topk_idx.shape
+    num_ranks, _, top_k = topk_idx.shape
     rows = np.zeros((num_experts, num_ranks * chunk, x.shape[2]), x.dtype)
     counts = np.zeros(num_experts, np.int32)
     row_source = np.full((num_experts, num_ranks * chunk), -1, np.int32)
@@ -119,7 +119,9 @@ def test_gradients(make_group, backend, dtype, fp8):
     want_dx = 1.5 * np.where(kept, weights, 0).sum(axis=2)[..., None] * cot64
     want_dw = np.where(kept, 1.5 * np.sum(sent.astype(np.float64) * cot64, axis=2)[..., None], 0)
     eps = EPS[dtype]
-    np.testing.assert_allclose(np.asarray(dx, np.float64), want_dx.reshape(dx.shape), rtol=8 * eps, atol=16 * eps)
+    np.testing.assert_allclose(
+        np.asarray(dx, np.float64), want_dx.reshape(dx.shape), rtol=8 * eps, atol=16 * eps
+    )
     size = np.abs(sent.astype(np.float64) * cot64).sum(axis=2).max()
     np.testing.assert_allclose(dweights, want_dw.reshape(dweights.shape), rtol=8 * eps, atol=eps * size)
 
