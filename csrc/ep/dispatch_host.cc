@@ -4,6 +4,7 @@
 #include <memory>
 #include <utility>
 
+#include "csrc/core/pages.h"
 #include "csrc/ep/row_kernels.h"
 #include "csrc/ep/token_tasks.h"
 
@@ -11,9 +12,15 @@ namespace wideep {
 namespace {
 
 // Tasks after those of the tokens: one per rank, which zeroes that rank's tail.
-void ZeroTail(void* rows, float* row_scalars, int64_t num_rows, int64_t capacity, int64_t row_bytes) {
-  std::memset(static_cast<char*>(rows) + num_rows * row_bytes, 0, (capacity - num_rows) * row_bytes);
+void ZeroTail(void* rows, float* row_scalars, int64_t num_rows, int64_t capacity,
+              int64_t row_bytes) {
+  std::memset(static_cast<char*>(rows) + num_rows * row_bytes, 0,
+              (capacity - num_rows) * row_bytes);
   std::memset(row_scalars + num_rows, 0, (capacity - num_rows) * sizeof(float));
+}
+
+int64_t RowsWritten(const DispatchShape& shape, int64_t num_rows) {
+  return shape.zero_tail ? shape.capacity : num_rows;
 }
 
 }  // namespace
@@ -24,6 +31,9 @@ void Dispatch(const DispatchShape& shape, std::vector<DispatchBuffers> buffers, 
   const int64_t row_bytes = shape.hidden * static_cast<int64_t>(SizeOf(shape.dtype));
   const TokenTasks tasks(num_ranks, shape.num_tokens, row_bytes * shape.top_k);
   const bool stream = num_ranks * shape.num_tokens * shape.top_k * row_bytes > kStreamBytes;
+  for (const DispatchBuffers& rank : buffers) {
+    AdviseHugePages(rank.rows, RowsWritten(shape, *rank.num_rows) * row_bytes);
+  }
   auto ranks = std::make_shared<std::vector<DispatchBuffers>>(std::move(buffers));
   const RowKernels& kernels = SelectRowKernels();
   const auto task = [=, &kernels](int64_t index) {
@@ -38,7 +48,8 @@ void Dispatch(const DispatchShape& shape, std::vector<DispatchBuffers> buffers, 
       for (int64_t s = token * shape.top_k; s < (token + 1) * shape.top_k; ++s) {
         if (src.dest_rank[s] < 0) continue;
         const DispatchBuffers& dst = (*ranks)[src.dest_rank[s]];
-        kernels.copy(static_cast<char*>(dst.rows) + src.dest_row[s] * row_bytes, row, row_bytes, stream);
+        kernels.copy(static_cast<char*>(dst.rows) + src.dest_row[s] * row_bytes, row, row_bytes,
+                     stream);
         dst.row_weights[src.dest_row[s]] = src.weights[s];
       }
     }
@@ -47,11 +58,14 @@ void Dispatch(const DispatchShape& shape, std::vector<DispatchBuffers> buffers, 
   pool.Run(tasks.num_tasks() + (shape.zero_tail ? num_ranks : 0), task, std::move(done));
 }
 
-void CombineGrad(const DispatchShape& shape, std::vector<CombineGradBuffers> buffers, WorkerPool& pool,
-                 std::function<void()> done) {
+void CombineGrad(const DispatchShape& shape, std::vector<CombineGradBuffers> buffers,
+                 WorkerPool& pool, std::function<void()> done) {
   const int num_ranks = static_cast<int>(buffers.size());
   const int64_t row_bytes = shape.hidden * static_cast<int64_t>(SizeOf(shape.dtype));
   const TokenTasks tasks(num_ranks, shape.num_tokens, 2 * row_bytes * shape.top_k);
+  for (const CombineGradBuffers& rank : buffers) {
+    AdviseHugePages(rank.dy, RowsWritten(shape, *rank.num_rows) * row_bytes);
+  }
   auto ranks = std::make_shared<std::vector<CombineGradBuffers>>(std::move(buffers));
   const RowKernels& kernels = SelectRowKernels();
   const auto task = [=, &kernels](int64_t index) {

@@ -1,5 +1,5 @@
-// One variant of the row kernels; built several times with WIDEEP_ISA and the compiler's -march set.
-// Plain loops over fixed-size blocks, written so that the compiler vectorises them.
+// One variant of the row kernels; built several times with WIDEEP_ISA and the compiler's -march
+// set. Plain loops over fixed-size blocks, written so that the compiler vectorises them.
 #include "csrc/ep/row_kernels.h"
 
 #include <cmath>
@@ -18,6 +18,7 @@ namespace wideep {
 namespace {
 
 constexpr int kBlock = 64;  // elements per block of accumulators
+constexpr int kPrefetchElements = 4 * kBlock;
 
 float BitsToFloat(uint32_t bits) {
   float value;
@@ -51,7 +52,8 @@ struct BF16 {
 struct F16 {
   using Storage = uint16_t;
   static float Load(uint16_t v) {
-    // Exponent and mantissa move to float32's places; the product corrects the bias, subnormals included.
+    // Exponent and mantissa move to float32's places; the product corrects the bias, subnormals
+    // included.
     const uint32_t magnitude = static_cast<uint32_t>(v & 0x7fffu) << 13;
     const float scaled = BitsToFloat(magnitude) * 0x1p112f;
     const uint32_t special = magnitude >= (31u << 23) ? 0x7f800000u : 0u;
@@ -60,7 +62,8 @@ struct F16 {
   static uint16_t Store(float v) {
     const uint32_t bits = FloatToBits(v);
     const uint32_t magnitude = bits & 0x7fffffffu;
-    // Subnormal result: adding 0.5 lines the value up so that the sum's low bits are the rounded result.
+    // Subnormal result: adding 0.5 lines the value up so that the sum's low bits are the rounded
+    // result.
     const uint32_t subnormal = FloatToBits(BitsToFloat(magnitude) + 0.5f) - FloatToBits(0.5f);
     const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
@@ -132,19 +135,28 @@ void Copy(void* dst, const void* src, size_t bytes, bool stream) {
 
 void FinishStreams() {
 #if defined(__SSE2__)
-  _mm_sfence();  // streaming stores are weakly ordered: order them before the completion that follows
+  // Streaming stores are weakly ordered: order them before the completion that follows.
+  _mm_sfence();
 #endif
 }
 
+// Rows lie anywhere in memory and are short, so that the processor's own prefetcher comes too late.
 template <typename T>
-void WeightedSumOf(typename T::Storage* out, const void* const* rows, const float* weights, int num_rows,
-                   int64_t hidden) {
+void PrefetchBlock(const typename T::Storage* block) {
+  constexpr int kLine = 64 / sizeof(*block);
+  for (int i = 0; i < kBlock; i += kLine) __builtin_prefetch(block + i);
+}
+
+template <typename T>
+void WeightedSumOf(typename T::Storage* out, const void* const* rows, const float* weights,
+                   int num_rows, int64_t hidden) {
   for (int64_t begin = 0; begin < hidden; begin += kBlock) {
     const int width = static_cast<int>(hidden - begin < kBlock ? hidden - begin : kBlock);
     float sums[kBlock] = {};
     for (int r = 0; r < num_rows; ++r) {
       const auto* row = static_cast<const typename T::Storage*>(rows[r]) + begin;
       const float weight = weights ? weights[r] : 1.0f;
+      if (begin + kPrefetchElements < hidden) PrefetchBlock<T>(row + kPrefetchElements);
       if (width == kBlock) {
         for (int i = 0; i < kBlock; ++i) sums[i] += weight * T::Load(row[i]);
       } else {
@@ -159,8 +171,8 @@ void WeightedSumOf(typename T::Storage* out, const void* const* rows, const floa
   }
 }
 
-void WeightedSum(DType dtype, void* out, const void* const* rows, const float* weights, int num_rows,
-                 int64_t hidden) {
+void WeightedSum(DType dtype, void* out, const void* const* rows, const float* weights,
+                 int num_rows, int64_t hidden) {
   ForDType(dtype, [&](auto traits) {
     using T = decltype(traits);
     WeightedSumOf<T>(static_cast<typename T::Storage*>(out), rows, weights, num_rows, hidden);
@@ -215,7 +227,8 @@ void Quantize(DType dtype, uint8_t* q, float* scales, const void* row, int64_t h
         largest = magnitude > largest ? magnitude : largest;
       }
       const uint32_t floor_bits = FloatToBits(1e-30f);
-      const float scale = BitsToFloat(largest > floor_bits ? largest : floor_bits) * (1.0f / 448.0f);
+      const float scale =
+          BitsToFloat(largest > floor_bits ? largest : floor_bits) * (1.0f / 448.0f);
       const float inverse = 1.0f / scale;
       for (int i = 0; i < kQuantBlock; ++i) q[begin + i] = E4M3::Store(loaded[i] * inverse);
       scales[begin / kQuantBlock] = scale;
@@ -240,7 +253,13 @@ void Dequantize(DType dtype, void* out, const uint8_t* q, const float* scales, i
 
 extern const RowKernels WIDEEP_CONCAT(kRowKernels_, WIDEEP_ISA);
 const RowKernels WIDEEP_CONCAT(kRowKernels_, WIDEEP_ISA) = {
-    WIDEEP_STRINGIFY(WIDEEP_ISA), Copy, FinishStreams, WeightedSum, ScaleAndDot, Quantize, Dequantize,
+    WIDEEP_STRINGIFY(WIDEEP_ISA),
+    Copy,
+    FinishStreams,
+    WeightedSum,
+    ScaleAndDot,
+    Quantize,
+    Dequantize,
 };
 
 }  // namespace wideep
