@@ -39,6 +39,26 @@ __device__ inline uint32_t ld_acquire_gpu_u32(const uint32_t* pointer) {
   return v;
 }
 
+__device__ inline uint32_t ld_relaxed_gpu_u32(const uint32_t* pointer) {
+  uint32_t v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(pointer) : "memory");
+  return v;
+}
+
+__device__ inline uint64_t ld_relaxed_sys_u64(const uint64_t* pointer) {
+  uint64_t v;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(pointer) : "memory");
+  return v;
+}
+
+__device__ inline void st_relaxed_sys_u64(uint64_t* pointer, uint64_t v) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(pointer), "l"(v) : "memory");
+}
+
+__device__ inline void st_release_gpu_u32(uint32_t* pointer, uint32_t v) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(pointer), "r"(v) : "memory");
+}
+
 __device__ inline uint64_t ld_acquire_sys_u64(const uint64_t* pointer) {
   uint64_t v;
   asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(pointer) : "memory");

@@ -1,0 +1,202 @@
+// The library's own memory on each rank of a node, and what a rank knows of its peers' memory.
+//
+// Every rank of a group has one arena of the same layout, zeroed when the group is made and mapped
+// by all its peers. Allocation on the host and pointers on the device both come from ArenaLayout.
+// Who writes and who reads each part:
+//
+//   control        its own rank's kernels; `abort` also by peers
+//   peer_table     the host, once
+//   published      slot [src] by rank src: where its buffers lie in this epoch
+//   done           [src] by rank src: "finished with your buffers in this epoch"
+//   counts         [src] by rank src: selections per expert; each word carries its epoch
+//   accepted       the same after capacity, only when some rank's capacity is short
+//   block_counts   [round][block] its own rank's blocks: scratch of the plan
+//   ring_tail      [src][channel] by rank src: tokens put into the ring
+//   ring_head      [dst][channel] by rank dst: tokens taken out of this rank's ring at dst
+//   ring_taken     [src][channel] its own rank: tokens it took out so far
+//   ring_slots     [src][channel][slot] by rank src: the tokens
+//
+// Flags and epochs only ever count up (modulo 2^32), so nothing is cleared between calls and a
+// captured graph replays correctly. No rank starts an op before all ranks have finished the one
+// before (see exchange_protocol.cuh), so one copy of each part is enough.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "csrc/core/host_device.h"
+
+namespace wideep {
+
+/// Ranks whose memory reaches each other directly.
+constexpr int kMaxRanks = 16;
+/// Regions of a rank's memory that its peers can map.
+constexpr int kMaxRegions = 8;
+/// Buffers that an op publishes to its peers.
+constexpr int kMaxPublished = 2;
+/// Tokens that a ring holds: how far a sender may run ahead.
+constexpr int kRingSlots = 4;
+/// Most selections of a token in the kernels: one lane each.
+constexpr int kMaxKernelTopK = 32;
+
+/// A piece of a rank's memory and where this rank sees it.
+struct MappedRegion {
+  uint64_t owner_base;  // in the owner's address space
+  uint64_t num_bytes;
+  char* here;
+};
+
+struct PeerTable {
+  char* arena[kMaxRanks];
+  int32_t num_regions[kMaxRanks];
+  MappedRegion regions[kMaxRanks][kMaxRegions];
+};
+
+/// Where a buffer lies, as one word that vouches for itself: a reader that finds its own epoch in
+/// it knows that the buffer is ready.
+struct PublishedWord {
+  static constexpr uint32_t kNotMapped = 0xff;
+  static constexpr uint64_t kMaxOffset = (uint64_t{1} << 40) - 1;
+
+  WIDEEP_HOST_DEVICE static constexpr uint64_t Pack(uint32_t epoch, uint32_t region,
+                                                    uint64_t offset) {
+    return uint64_t{epoch & 0xffff} << 48 | uint64_t{region} << 40 | offset;
+  }
+  WIDEEP_HOST_DEVICE static constexpr bool IsOf(uint64_t word, uint32_t epoch) {
+    return word >> 48 == (epoch & 0xffff);
+  }
+  WIDEEP_HOST_DEVICE static constexpr uint32_t Region(uint64_t word) { return word >> 40 & 0xff; }
+  WIDEEP_HOST_DEVICE static constexpr uint64_t Offset(uint64_t word) { return word & kMaxOffset; }
+};
+
+/// A count that vouches for itself, as above.
+struct CountWord {
+  WIDEEP_HOST_DEVICE static constexpr uint64_t Pack(uint32_t epoch, uint32_t count) {
+    return uint64_t{epoch} << 32 | count;
+  }
+  WIDEEP_HOST_DEVICE static constexpr bool IsOf(uint64_t word, uint32_t epoch) {
+    return word >> 32 == epoch;
+  }
+  WIDEEP_HOST_DEVICE static constexpr uint32_t Count(uint64_t word) {
+    return static_cast<uint32_t>(word);
+  }
+};
+
+/// What this rank's kernels remember from one launch to the next.
+struct Control {
+  uint32_t epoch;               // ops finished
+  uint32_t blocks_done;         // blocks of the current op that have finished
+  uint32_t barrier_arrived;     // blocks at the barrier of the current launch
+  uint32_t barrier_generation;  // barriers passed
+  uint32_t failed;              // 1 once this rank has written its error record
+  uint32_t pad[27];
+  uint32_t abort;  // an AbortWord, or 0; by any rank
+  uint32_t pad_to_line[31];
+};
+
+/// What a token carries beside its row in a ring slot. Followed by a word for each of its rows at
+/// the receiver (where it lies) and, from word top_k on, another one (what the op sends with it).
+struct RingHeader {
+  int32_t num_rows;  // kRingEnd: no more tokens in this channel
+  int32_t token;     // at its home rank
+  int32_t arrival;   // place of the first of the rows in arrival order; plan only
+  int32_t pad;
+
+  WIDEEP_HOST_DEVICE int32_t* words() { return reinterpret_cast<int32_t*>(this + 1); }
+  WIDEEP_HOST_DEVICE const int32_t* words() const {
+    return reinterpret_cast<const int32_t*>(this + 1);
+  }
+};
+constexpr int32_t kRingEnd = -1;
+
+WIDEEP_HOST_DEVICE constexpr int64_t RingHeaderBytes(int top_k) {
+  return (16 + 8 * int64_t{top_k} + 127) / 128 * 128;
+}
+
+/// Settings that give an arena its size; the same on every rank.
+struct ArenaConfig {
+  int num_ranks;
+  int num_experts;
+  int top_k;
+  int64_t max_row_bytes;  // of a row in a ring
+  int num_sms;            // blocks of an exchange kernel
+};
+
+/// Channels: each is one ring per pair of ranks, with a warp at its sending end, and carries a
+/// contiguous part of a rank's tokens. Half of the blocks (at least two) send; what the other half
+/// can drain bounds the number too.
+constexpr int kWarpsPerBlock = 16;
+constexpr int kCombineGroupsPerBlock = 2;
+WIDEEP_HOST_DEVICE constexpr int RingChannels(int num_blocks, int num_ranks) {
+  const int senders = num_blocks / 2 * kWarpsPerBlock / num_ranks;
+  const int receivers = num_blocks / 2 * kCombineGroupsPerBlock;
+  const int channels = senders < receivers ? senders : receivers;
+  return channels < 1 ? 1 : channels;
+}
+
+/// Offsets in bytes from the start of the arena.
+struct ArenaLayout {
+  static constexpr int64_t kControl = 0;
+  int64_t peer_table;
+  int64_t published;
+  int64_t done;
+  int64_t counts;
+  int64_t accepted;
+  int64_t block_counts;
+  int64_t ring_tail;
+  int64_t ring_head;
+  int64_t ring_taken;
+  int64_t ring_slots;
+  int64_t num_bytes;
+
+  int32_t num_ranks;
+  int32_t num_experts;
+  int32_t num_blocks;  // of a kernel, at most
+  int32_t ring_channels;
+  int64_t max_slot_bytes;
+
+  ArenaLayout() = default;
+  explicit constexpr ArenaLayout(const ArenaConfig& config)
+      : peer_table(0),
+        published(0),
+        done(0),
+        counts(0),
+        accepted(0),
+        block_counts(0),
+        ring_tail(0),
+        ring_head(0),
+        ring_taken(0),
+        ring_slots(0),
+        num_bytes(0),
+        num_ranks(config.num_ranks),
+        num_experts(config.num_experts),
+        num_blocks(config.num_sms),
+        ring_channels(RingChannels(config.num_sms, config.num_ranks)),
+        max_slot_bytes(RingHeaderBytes(config.top_k) + config.max_row_bytes) {
+    const int64_t ranks = config.num_ranks;
+    const int64_t rings = ranks * ring_channels;
+    int64_t at = sizeof(Control);
+    const auto take = [&at](int64_t bytes) {
+      const int64_t offset = at;
+      at = (at + bytes + 127) / 128 * 128;
+      return offset;
+    };
+    peer_table = take(sizeof(PeerTable));
+    published = take(ranks * kMaxPublished * 8);
+    done = take(ranks * 4);
+    counts = take(ranks * num_experts * 8);
+    accepted = take(ranks * num_experts * 8);
+    block_counts = take(2 * int64_t{config.num_sms} * (num_experts + ranks) * 4);
+    ring_tail = take(rings * 4);
+    ring_head = take(rings * 4);
+    ring_taken = take(rings * 4);
+    ring_slots = take(rings * kRingSlots * max_slot_bytes);
+    num_bytes = at;
+  }
+
+  WIDEEP_HOST_DEVICE int64_t RingIndex(int peer, int channel) const {
+    return int64_t{peer} * ring_channels + channel;
+  }
+};
+
+}  // namespace wideep

@@ -1,0 +1,76 @@
+// One warp's way of moving rows: pieces come into shared memory by bulk copies, ahead of their use,
+// and leave by bulk copies to as many places as lanes want.
+//
+//   Load(source)   lane 0 starts the copy into the next buffer; all lanes have waited until the
+//                  stores that read the buffer before are done reading (wait_group.read).
+//   Wait()         all lanes wait for the oldest load (mbarrier; its phase follows from a count).
+//   Store(..)      each lane that wants it starts a copy out of that buffer.
+//   Release()      ends the stores of the buffer: one group per lane, empty for lanes without.
+#pragma once
+
+#include <cstdint>
+
+#include "csrc/core/ptx.h"
+
+namespace wideep {
+
+class BulkPipe {
+ public:
+  /// `buffers`: num_stages * piece_bytes of this warp's shared memory, `barriers`: num_stages of
+  /// them.
+  __device__ BulkPipe(char* buffers, uint64_t* barriers, int piece_bytes, int num_stages)
+      : buffers_(ptx::SharedAddress(buffers)),
+        barriers_(ptx::SharedAddress(barriers)),
+        piece_bytes_(piece_bytes),
+        num_stages_(num_stages),
+        lane_(threadIdx.x % 32) {
+    if (lane_ == 0) {
+      for (int i = 0; i < num_stages; ++i) ptx::mbarrier_init_shared(barriers_ + 8 * i, 1);
+      ptx::fence_proxy_async();
+    }
+    __syncwarp();
+  }
+
+  /// Pieces under way or waiting to be stored.
+  __device__ int pending() const { return loaded_ - stored_; }
+  __device__ int num_stages() const { return num_stages_; }
+
+  __device__ void Load(const char* from, uint32_t num_bytes) {
+    if (loaded_ >= num_stages_) ptx::cp_async_bulk_wait_group_read<0>();
+    __syncwarp();
+    if (lane_ == 0) {
+      const int stage = loaded_ % num_stages_;
+      ptx::mbarrier_arrive_expect_tx_release_cta(barriers_ + 8 * stage, num_bytes);
+      ptx::cp_async_bulk_load(buffers_ + stage * piece_bytes_, from, num_bytes,
+                              barriers_ + 8 * stage);
+    }
+    ++loaded_;
+  }
+
+  __device__ void Wait() {
+    const uint32_t barrier = barriers_ + 8 * (stored_ % num_stages_);
+    const uint32_t parity = stored_ / num_stages_ & 1;
+    while (!ptx::mbarrier_try_wait_parity_acquire_cta(barrier, parity)) {
+    }
+  }
+
+  __device__ void Store(char* to, uint32_t num_bytes) {
+    ptx::cp_async_bulk_store(to, buffers_ + stored_ % num_stages_ * piece_bytes_, num_bytes);
+  }
+
+  __device__ void Release() {
+    ptx::cp_async_bulk_commit_group();
+    ++stored_;
+  }
+
+ private:
+  const uint32_t buffers_;
+  const uint32_t barriers_;
+  const int piece_bytes_;
+  const int num_stages_;
+  const int lane_;
+  int loaded_ = 0;
+  int stored_ = 0;
+};
+
+}  // namespace wideep

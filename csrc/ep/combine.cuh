@@ -1,0 +1,309 @@
+// CombineKernel and CombineGradKernel.
+//
+//   combine, pull   the home rank's warps read a token's rows wherever they lie and sum them.
+//                   published: y, row_scalars.
+//   combine, push   the expert rank's warps sum a token's rows that lie there and send one row
+//                   through the ring to the token's home; a group of warps there adds what comes
+//                   from each rank, in order of rank. Also the way for buffers that are not mapped.
+//   combine_grad    the expert rank's warps read a token's dout from its home, once, and make dy
+//   and
+//                   the dot product of each of its rows. published: dout.
+#pragma once
+
+#include "csrc/core/launch.cuh"
+#include "csrc/ep/arrivals.cuh"
+#include "csrc/ep/combine.h"
+#include "csrc/ep/ring.cuh"
+#include "csrc/ep/row_sum.cuh"
+#include "csrc/ep/zero_tail.cuh"
+
+namespace wideep {
+
+constexpr int kCombineThreads = 32 * kWarpsPerBlock;
+constexpr int kWarpsPerGroup = kWarpsPerBlock / kCombineGroupsPerBlock;
+
+struct CombineShared {
+  char* here[kMaxPublished * kMaxRanks];
+  uint32_t flags[kProtocolFlags];
+  SumList lists[kWarpsPerBlock];
+};
+
+// ---- pull ----
+
+/// The selections of one token in order of (rank, k). Lane k brings its destination rank, -1 for
+/// none; gets back its place, and how many there are.
+struct SumOrder {
+  int place;
+  int count;
+};
+__device__ __forceinline__ SumOrder OrderByRank(int32_t dst, int top_k) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t valid = __ballot_sync(~0u, dst >= 0);
+  int place = 0;
+  for (int k = 0; k < top_k; ++k) {
+    const int32_t other = __shfl_sync(~0u, dst, k);
+    if ((valid >> k & 1) != 0 && (other < dst || (other == dst && k < lane))) ++place;
+  }
+  return {place, __popc(valid)};
+}
+
+template <DType kDType, bool kWeighted>
+__device__ void PullSums(const CombineParams& p, char* const* y, float* const* row_scalars,
+                         SumList& list) {
+  const int lane = threadIdx.x % 32;
+  const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
+  const int64_t num_warps = int64_t{gridDim.x} * kWarpsPerBlock;
+  for (int64_t token = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / 32;
+       token < p.num_tokens; token += num_warps) {
+    const int64_t s = token * p.top_k + lane;
+    const int32_t dst = lane < p.top_k ? p.plan.dest_rank[s] : -1;
+    const SumOrder order = OrderByRank(dst, p.top_k);
+    float scalar = 0;
+    if (dst >= 0) {
+      const int64_t row = p.plan.dest_row[s];
+      scalar = row_scalars[dst][row];
+      list.rows[order.place] = y[dst] + row * row_bytes;
+      list.weights[order.place] = scalar;
+    }
+    if (!kWeighted && lane < p.top_k) p.dweights[s] = scalar;
+    __syncwarp();
+    SumRows<kDType, kWeighted>(p.out + token * row_bytes, list, order.count, row_bytes, lane, 32);
+    __syncwarp();  // the list is read
+  }
+}
+
+// ---- push ----
+
+/// The expert rank's end: one warp, one ring, the tokens of `home` in the channel.
+template <DType kDType, bool kWeighted>
+__device__ bool SendSums(const CombineParams& p, Exchange& exchange, const RingRole& role, int home,
+                         int channel, SumList& list) {
+  const int lane = threadIdx.x % 32;
+  const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
+  const int64_t header_bytes = RingHeaderBytes(p.top_k);
+  RingSender ring(exchange, home, channel, header_bytes + row_bytes);
+  const TokenRange range = TokensOfChannel(p.num_tokens, channel, role.num_channels);
+  const SourceArrivals arrivals(p.plan, home, p.top_k);
+  const auto first_source = [&](int64_t token) {
+    return static_cast<int32_t>((home * p.num_tokens + token) * p.top_k);
+  };
+  const int32_t end = arrivals.LowerBound(first_source(range.end));
+  int32_t at = arrivals.LowerBound(first_source(range.begin));
+  while (at < end) {
+    // All rows of the next token: at most top_k, so the 32 that begin with its first hold them.
+    Arrivals a = arrivals.At(at);
+    const int32_t token = __shfl_sync(~0u, a.token, 0);
+    const uint32_t lanes = __ballot_sync(~0u, a.token == token);
+    const int count = __popc(lanes);
+    RingHeader* slot = ring.Slot();
+    if (slot == nullptr) return false;
+    if (lane < count) {
+      const float scalar = p.row_scalars[a.row];
+      list.rows[lane] = p.y + a.row * row_bytes;
+      list.weights[lane] = scalar;
+      slot->words()[lane] = a.source % p.top_k;
+      slot->words()[p.top_k + lane] = __float_as_int(scalar);
+    }
+    if (lane == 0) slot->num_rows = count;
+    __syncwarp();
+    SumRows<kDType, kWeighted>(reinterpret_cast<char*>(slot) + header_bytes, list, count, row_bytes,
+                               lane, 32);
+    ring.Push();
+    at += count;
+  }
+  return true;
+}
+
+/// The home rank's end: a group of warps takes the tokens of a channel one after the other; lane r
+/// of each warp follows the ring from rank r.
+template <DType kDType, bool kWeighted>
+__device__ bool ReceiveSums(const CombineParams& p, Exchange& exchange, const RingRole& role,
+                            SumList& list) {
+  constexpr int kGroupThreads = 32 * kWarpsPerGroup;
+  const int lane = threadIdx.x % 32;
+  const int group = threadIdx.x / kGroupThreads;
+  const int channel = role.block * kCombineGroupsPerBlock + group;
+  if (channel >= role.num_channels) return true;
+  const int num_ranks = exchange.num_ranks();
+  const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
+  const int64_t header_bytes = RingHeaderBytes(p.top_k);
+  const bool first_warp = threadIdx.x % kGroupThreads < 32;
+  const TokenRange range = TokensOfChannel(p.num_tokens, channel, role.num_channels);
+  RingReceiver ring(exchange, lane < num_ranks ? lane : 0, channel, header_bytes + row_bytes);
+
+  for (int64_t token = range.begin; token < range.end; ++token) {
+    const int64_t s = token * p.top_k + lane;
+    const int32_t dst = lane < p.top_k ? p.plan.dest_rank[s] : -1;
+    const uint32_t ranks = __reduce_or_sync(~0u, dst >= 0 ? 1u << dst : 0u);
+    if (!kWeighted && first_warp && lane < p.top_k && dst < 0) p.dweights[s] = 0;
+    const bool sends = ranks >> lane & 1;
+    const bool came = !sends || ring.Wait();
+    if (!__all_sync(~0u, came)) return false;
+    if (sends) {
+      const RingHeader* slot = ring.Slot();
+      list.rows[__popc(ranks & ((1u << lane) - 1))] =
+          reinterpret_cast<const char*>(slot) + header_bytes;
+      if (!kWeighted && first_warp) {
+        for (int i = 0; i < slot->num_rows; ++i) {
+          p.dweights[token * p.top_k + slot->words()[i]] =
+              __int_as_float(slot->words()[p.top_k + i]);
+        }
+      }
+    }
+    __syncwarp();
+    SumRows<kDType, /*kWeighted=*/false>(p.out + token * row_bytes, list, __popc(ranks), row_bytes,
+                                         threadIdx.x % kGroupThreads, kGroupThreads);
+    // All warps of the group have read the slots.
+    ptx::bar_sync(1 + group, kGroupThreads);
+    if (sends) ring.Pop(first_warp);
+  }
+  if (first_warp && lane < num_ranks) ring.Store();
+  return true;
+}
+
+template <DType kDType, bool kWeighted>
+__device__ bool PushSums(const CombineParams& p, Exchange& exchange, SumList& list) {
+  const RingRole role(exchange.num_ranks());
+  if (!role.sends) return ReceiveSums<kDType, kWeighted>(p, exchange, role, list);
+  const int home = role.Warp() % exchange.num_ranks();
+  const int channel = role.Warp() / exchange.num_ranks();
+  if (channel >= role.num_channels) return true;
+  return SendSums<kDType, kWeighted>(p, exchange, role, home, channel, list);
+}
+
+template <DType kDType, bool kWeighted>
+__global__ void __launch_bounds__(kCombineThreads, 1)
+    CombineKernel(const __grid_constant__ CombineParams p) {
+  CombineShared& shared = *reinterpret_cast<CombineShared*>(DynamicShared());
+  SumList& list = shared.lists[threadIdx.x / 32];
+  Exchange exchange(p.peers, kWeighted ? ExchangeOp::kCombine : ExchangeOp::kDispatchGrad);
+  const void* mine[2] = {p.y, p.row_scalars};
+  bool all_mapped;
+  if (!exchange.Begin(mine, shared.here, shared.flags, all_mapped)) return;
+  if (all_mapped && p.form == CombineForm::kPull) {
+    PullSums<kDType, kWeighted>(p, shared.here,
+                                reinterpret_cast<float* const*>(shared.here + kMaxRanks), list);
+  } else if (!PushSums<kDType, kWeighted>(p, exchange, list)) {
+    return;
+  }
+  exchange.Finish(shared.flags);
+}
+
+// ---- combine's backward pass ----
+
+/// dy and the dot product of up to kRowsAtOnce rows of one token. Lane i < num_rows brings row i.
+template <DType kDType>
+__device__ __forceinline__ void ScaleAndDot(const CombineGradParams& p, const char* dout,
+                                            int32_t row_of_lane, int num_rows, int lane) {
+  constexpr int kRowsAtOnce = 2;
+  constexpr int kColumns = 4;
+  constexpr int kElems = kVectorElems<kDType>;
+  const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
+  for (int first = 0; first < num_rows; first += kRowsAtOnce) {
+    int64_t offset[kRowsAtOnce];
+    float weight[kRowsAtOnce];
+    float dot[kRowsAtOnce] = {};
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      const int32_t row = __shfl_sync(~0u, row_of_lane, min(first + i, num_rows - 1));
+      offset[i] = row * row_bytes;
+      weight[i] = p.row_weights[row];
+    }
+    for (int64_t at = lane * 16; at < row_bytes; at += kColumns * 512) {
+      int4 dout_bits[kColumns];
+      int4 y_bits[kRowsAtOnce][kColumns];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        if (at + c * 512 >= row_bytes) continue;
+        dout_bits[c] = ptx::ld_global_no_allocate_v4(dout + at + c * 512);
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+          if (first + i < num_rows) {
+            y_bits[i][c] = ptx::ld_global_no_allocate_v4(p.y + offset[i] + at + c * 512);
+          }
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        if (at + c * 512 >= row_bytes) continue;
+        float d[kElems];
+        Unpack<kDType>(dout_bits[c], d);
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+          if (first + i >= num_rows) continue;
+          float y[kElems];
+          Unpack<kDType>(y_bits[i][c], y);
+          float scaled[kElems];
+#pragma unroll
+          for (int e = 0; e < kElems; ++e) {
+            dot[i] += y[e] * d[e];
+            scaled[e] = __fmul_rn(weight[i], d[e]);
+          }
+          ptx::st_global_v4(p.dy + offset[i] + at + c * 512, Pack<kDType>(scaled));
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) dot[i] += __shfl_xor_sync(~0u, dot[i], step);
+      if (lane == 0 && first + i < num_rows) p.drow_weights[offset[i] / row_bytes] = dot[i];
+    }
+  }
+}
+
+template <DType kDType>
+__device__ void PullDouts(const CombineGradParams& p, char* const* dout) {
+  const int lane = threadIdx.x % 32;
+  const int num_ranks = p.peers.num_ranks;
+  const int warp = blockIdx.x * kWarpsPerBlock + threadIdx.x / 32;
+  const int warps_per_source = gridDim.x * kWarpsPerBlock / num_ranks;
+  const int src = warp % num_ranks;
+  const int stripe = warp / num_ranks;
+  if (stripe >= warps_per_source) return;
+  const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
+  const SourceArrivals arrivals(p.plan, src, p.top_k);
+  ForEachToken(arrivals, arrivals.begin() + 32 * stripe, arrivals.end(), 32 * warps_per_source,
+               [&](const Arrivals& a, uint32_t lanes, int leader) {
+                 const int64_t token = __shfl_sync(~0u, a.token, leader) - src * p.num_tokens;
+                 // Its rows are those of consecutive lanes.
+                 const int32_t row = __shfl_sync(~0u, a.row, min(leader + lane, 31));
+                 ScaleAndDot<kDType>(p, dout[src] + token * row_bytes, row, __popc(lanes), lane);
+               });
+}
+
+template <DType kDType>
+__device__ bool DoutsThroughRings(const CombineGradParams& p, Exchange& exchange) {
+  const int lane = threadIdx.x % 32;
+  const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
+  const RingTokens tokens{p.num_tokens, p.top_k,   p.plan.dest_rank, p.plan.dest_row,
+                          p.dout,       row_bytes, nullptr};
+  return SendTokensThroughRings(exchange, tokens, nullptr,
+                                [&](const RingHeader& header, const char* dout, int) {
+                                  const int32_t num_rows = header.num_rows;
+                                  const int32_t row = header.words()[min(lane, num_rows - 1)];
+                                  ScaleAndDot<kDType>(p, dout, row, num_rows, lane);
+                                });
+}
+
+template <DType kDType>
+__global__ void __launch_bounds__(kCombineThreads, 1)
+    CombineGradKernel(const __grid_constant__ CombineGradParams p) {
+  CombineShared& shared = *reinterpret_cast<CombineShared*>(DynamicShared());
+  Exchange exchange(p.peers, ExchangeOp::kCombineGrad);
+  const void* mine[1] = {p.dout};
+  bool all_mapped;
+  if (!exchange.Begin(mine, shared.here, shared.flags, all_mapped)) return;
+  if (all_mapped) {
+    PullDouts<kDType>(p, shared.here);
+  } else if (!DoutsThroughRings<kDType>(p, exchange)) {
+    return;
+  }
+  if (p.zero_tail) {
+    ZeroTail(p.dy, p.drow_weights, *p.plan.num_rows, p.capacity,
+             p.hidden * static_cast<int64_t>(SizeOf(kDType)));
+  }
+  exchange.Finish(shared.flags);
+}
+
+}  // namespace wideep

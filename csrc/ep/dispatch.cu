@@ -1,0 +1,23 @@
+#include <algorithm>
+
+#include "csrc/ep/dispatch.cuh"
+
+namespace wideep {
+
+Status LaunchDispatch(const DispatchParams& params, cudaStream_t stream) {
+  const DispatchParams p = WithBuffers(params);
+  if (p.row_bytes % 16 != 0 || p.top_k > kMaxKernelTopK) {
+    return Status::InvalidArgument(
+        "dispatch: expected rows of a multiple of 16 bytes and top_k of at most " +
+        std::to_string(kMaxKernelTopK) + " on CUDA, got " + std::to_string(p.row_bytes) +
+        " bytes and top_k " + std::to_string(p.top_k));
+  }
+  // Few tokens need few blocks: two rows a warp, and at least two blocks for the rings' two ends.
+  const int64_t wanted = p.num_tokens / (2 * kWarpsPerBlock) + 1;
+  const int blocks = static_cast<int>(std::clamp<int64_t>(wanted, 2, p.peers.num_sms));
+  const int64_t shared_bytes =
+      DispatchShared::kBuffers + int64_t{kWarpsPerBlock} * p.num_stages * p.piece_bytes;
+  return Launch(DispatchKernel, blocks, kDispatchThreads, shared_bytes, stream, p, "dispatch");
+}
+
+}  // namespace wideep
