@@ -6,7 +6,7 @@ from typing import Any
 from jax_wideep import routing
 from jax_wideep.exchange import combine, dispatch
 from jax_wideep.group import ExpertGroup, use_cpu_devices
-from jax_wideep.grouped_matmul import grouped_matmul
+from jax_wideep.grouped_matmul import grouped_matmul, grouped_matmul_weight_grad
 from jax_wideep.low_latency import (
     Received,
     ll_combine,
@@ -30,6 +30,7 @@ __all__ = [
     "combine",
     "dispatch",
     "grouped_matmul",
+    "grouped_matmul_weight_grad",
     "ll_combine",
     "ll_combine_recv",
     "ll_combine_send",
