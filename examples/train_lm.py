@@ -60,7 +60,7 @@ class Options:
     model: tyro.conf.OmitArgPrefixes[ModelSizes] = dataclasses.field(default_factory=ModelSizes)
     learning_rate: float = 3e-3
     seed: int = 0
-    eval_every: int = 50
+    eval_every: int = 25
     data: Path | None = None
     pattern: str = "*.py"
     checkpoint: Path | None = None

@@ -90,9 +90,7 @@ def exchange_alternatives(model: Transformer, layer: LayerInputs) -> dict[str, t
     """
     group = model.group
     tokens = layer.tokens.shape[0] // group.num_ranks
-    setting = baselines.no_drop_setting(
-        group.axis, group.num_ranks, group.num_experts, tokens, group.top_k
-    )
+    setting = baselines.no_drop_setting(group.axis, group.num_ranks, group.num_experts, tokens, group.top_k)
 
     def ours(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array) -> jax.Array:
         return _exchange(x, topk_idx, topk_weights, group, capacity=None)
@@ -214,8 +212,6 @@ def _gradient(function: Callable[..., Any], argnums: tuple[int, ...]) -> Callabl
 
     def half_squares(*arguments: Any) -> jax.Array:
         leaves = jax.tree.leaves(function(*arguments))
-        return sum(
-            0.5 * jnp.vdot(leaf, leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)
-        )
+        return sum(0.5 * jnp.vdot(leaf, leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
 
     return jax.jit(jax.grad(half_squares, argnums=argnums, allow_int=True))

@@ -1,0 +1,126 @@
+"""The whole library on one machine: train, decode, measure, draw. `make demo` runs it with what it needs.
+
+    python examples/demo.py                          # 8 CPU devices, the standard library's sources
+    python examples/demo.py --devices 4 --steps 150  # any option of train_lm.py, and some more
+
+Trains a byte-level Mixture-of-Experts model (train_lm.py), decodes text in the low-latency shape, shows where
+a training step's time goes and what the exchange costs beside XLA's collectives, and writes figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from lm import figures, measure, training
+from lm.generation import generate
+from lm.text import as_text
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from train_lm import Options as TrainOptions
+from train_lm import Run, console, train
+
+import jax_wideep as wep
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(TrainOptions):
+    """Settings of the demo; those of training first.
+
+    Attributes:
+      out: folder for figures, and for checkpoints unless --checkpoint says otherwise.
+      new_tokens: bytes to decode.
+      temperature: of sampling.
+    """
+
+    steps: int = 300
+    out: Path = Path("demo_out")
+    new_tokens: int = 160
+    temperature: float = 0.4
+
+
+def main(options: Options) -> int:
+    wep.use_cpu_devices(options.devices)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.checkpoint is None:
+        options = dataclasses.replace(options, checkpoint=options.out / "checkpoint")
+
+    console.rule("Training: attention data parallel, experts spread over the same devices")
+    run = train(options)
+    if run.interrupted:
+        return 130
+    console.rule("Decoding: low-latency shape, FP8 on the wire, one jit-compiled step a token")
+    decode(run, options)
+    console.rule("Where the time goes")
+    routes = show_times(run, options)
+    console.rule("Figures")
+    for name, draw in {
+        "loss.png": lambda path: figures.loss_curve(run.history, path),
+        "expert_load.png": lambda path: figures.expert_load(run.history, path),
+        "route.png": lambda path: figures.batch_route(routes, path),
+    }.items():
+        draw(options.out / name)
+        console.print(options.out / name)
+    return 0
+
+
+def decode(run: Run, options: Options) -> None:
+    """Continues one held-out prompt per device and shows the first."""
+    batch = run.model.group.num_ranks
+    prompts = run.corpus.held_out_batches(1, batch, options.seq)[0]
+    result = generate(
+        run.model, prompts, options.new_tokens, temperature=options.temperature, seed=options.seed
+    )
+    text = Text(as_text(prompts[0]), style="dim")
+    console.print(
+        Panel(text.append(as_text(result.tokens[0]), style="bold not dim"), title="prompt, continued"),
+        soft_wrap=False,
+    )
+    console.print(result.summary(), highlight=False)
+
+
+def show_times(run: Run, options: Options) -> list[np.ndarray]:
+    """Prints the tables; returns the routes of the batch they were measured on."""
+    model = run.model
+    tokens = run.corpus.held_out_batches(1, options.batch, options.seq + 1)[0]
+    layers = measure.layer_inputs(model, tokens[:, :-1])
+    routes = [measure.routes(model, layer) for layer in layers]
+    alternatives = measure.exchange_alternatives(model, layers[0])
+    # Last: measuring training steps changes the model.
+    optimizer = training.make_optimizer(model, 1e-5, steps=100)
+    parts = measure.step_parts(model, optimizer, tokens, training.LossWeights())
+
+    table = Table(title=f"One training step, {options.batch * options.seq} tokens, {len(layers)} layers")
+    for column in ("part", "ms", "of the step"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for name, seconds in parts.items():
+        label = "rest (embedding, output layer, loss, gradient sums, optimiser)" if name == "rest" else name
+        table.add_row(label, f"{seconds * 1e3:.1f}", f"{seconds / parts['step']:.0%}")
+    console.print(table)
+    console.print("Parts are run alone, forward and backward, on the layers' own inputs.", style="dim")
+
+    group = model.group
+    table = Table(
+        title=f"Exchange of one layer, no drops: {layers[0].tokens.shape[0] // group.num_ranks} tokens a rank, "
+        f"hidden {group.hidden}, top-{group.top_k} of {group.num_experts}, {group.num_ranks} "
+        f"{jax.default_backend()} devices"
+    )
+    for column in ("method", "forward, ms", "slower", "forward and backward, ms", "slower"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    ours = alternatives["jax_wideep"]
+    for name, (forward, both) in alternatives.items():
+        ratios = [
+            "" if name == "jax_wideep" else f"{a / b:.1f}x" for a, b in ((forward, ours[0]), (both, ours[1]))
+        ]
+        table.add_row(name, f"{forward * 1e3:.2f}", ratios[0], f"{both * 1e3:.2f}", ratios[1])
+    console.print(table)
+    return routes
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))
