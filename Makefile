@@ -51,7 +51,8 @@ $(VENV)/installed-%: $(NATIVE_SOURCES) | $(BIN)/pip
 $(BIN)/pip:
 	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and \
 	  f"jax_wideep needs Python 3.11 or newer, got {v}; pass one: make PYTHON=/path/to/python3")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python install pip; }  # Debian without python3-venv
 
 build/cpp/built: $(CPP_SOURCES) $(VENV)/installed-dev
 	$(BIN)/cmake -S . -B build/cpp -DWIDEEP_PYTHON=OFF -DWIDEEP_TESTS=ON -DCMAKE_BUILD_TYPE=Release

@@ -104,9 +104,8 @@ def make_model(config: TransformerConfig, seed: int, **group_settings: Any) -> T
 
 def make_optimizer(model: Transformer, learning_rate: float, steps: int) -> nnx.Optimizer:
     """AdamW, warmed up and then lowered along a cosine, gradients clipped to norm 1."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, warmup_steps=max(1, min(20, steps // 10)), decay_steps=steps, end_value=0.0
-    )
+    warmup = max(1, min(20, steps // 10))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup + 1))
     chain = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.01)
     )

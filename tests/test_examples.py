@@ -1,0 +1,148 @@
+"""The examples run as programs, with small settings, in processes of their own."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TIMEOUT_S = 300
+SMALL = ["--batch", "8", "--seq", "32", "--layers", "1", "--ffn", "32"]
+
+
+def start(program, *arguments):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
+    env.pop("NPROC", None)  # the program's own business
+    return subprocess.Popen(
+        [sys.executable, EXAMPLES / program, *map(str, arguments)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(program, *arguments):
+    process = start(program, *arguments)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture
+def text_folder(tmp_path):
+    """Sixty files of one sentence each, over and over, with a number of the file's own."""
+    folder = tmp_path / "text"
+    (folder / "deeper").mkdir(parents=True)
+    for i in range(60):
+        path = folder / ("deeper" if i % 2 else "") / f"file{i}.txt"
+        path.write_text(f"the quick brown fox {i:02d} jumps over the lazy dog. " * 100)
+    return folder
+
+
+@pytest.fixture
+def lm(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import lm.text
+
+    return lm
+
+
+# ---- programs ----
+
+
+def test_drop_in():
+    output = run("drop_in.py", "--steps", 12, "--batch", 8, "--seq", 32, "--layers", 1, "--ffn", 32)
+    for name in ("dense", "experts"):
+        first, last = map(float, re.search(rf"{name}.* loss ([\d.]+) -> ([\d.]+)", output).groups())
+        assert last < first - 0.5, output
+
+
+def test_train_interrupt_go_on_and_decode(tmp_path, text_folder):
+    folder = tmp_path / "checkpoint"
+    options = [*SMALL, "--data", text_folder, "--pattern", "*.txt", "--checkpoint", folder]
+    process = start("train_lm.py", *options, "--steps", 100_000)
+    output = ""
+    for line in process.stdout:
+        output += line
+        if line.startswith("step 25/"):
+            process.send_signal(signal.SIGINT)
+    process.wait(TIMEOUT_S)
+    assert process.returncode == 130, output
+    stopped = int(re.search(r"Stopped by Ctrl-C after step (\d+) of 100000", output)[1])
+    assert 25 <= stopped < 1000 and str(folder) in output
+
+    output = run("train_lm.py", *options, "--steps", stopped + 30)
+    assert f"Going on from step {stopped}" in output
+    first, last = map(float, re.search(r"Held-out loss ([\d.]+) -> .*?([\d.]+) nats", output).groups())
+    assert abs(first - np.log(256)) < 0.2 and last < 4, output
+
+    output = run("train_lm.py", *options, "--steps", stopped + 30)
+    assert f"All {stopped + 30} steps are done already" in output
+
+    output = run(
+        "decode.py", "--checkpoint", folder, "--data", text_folder, "--pattern", "*.txt", "--new-tokens", 4
+    )
+    assert "1 layers, hidden 128, 16 experts of inner size 32" in output  # the checkpoint's sizes
+    assert re.search(
+        r"8 sequences x 3 steps: latency per token p50 [\d.]+ ms, p90 .* p99 .* tokens/s", output
+    )
+
+
+def test_checkpoint_of_other_settings_is_an_error(tmp_path, text_folder):
+    options = ["--data", text_folder, "--pattern", "*.txt", "--checkpoint", tmp_path / "checkpoint"]
+    run("train_lm.py", *SMALL, *options, "--steps", 1)
+    process = start("train_lm.py", *SMALL, *options, "--steps", 2, "--top-k", 4)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
+    assert "checkpoint: expected one with" in output and "--fresh" in output
+    output = run("train_lm.py", *SMALL, *options, "--steps", 2, "--top-k", 4, "--fresh")
+    assert "Going on" not in output and "step 2/2" in output
+
+
+def test_decode_with_random_weights(text_folder):
+    options = ["--data", text_folder, "--pattern", "*.txt", "--layers", 1, "--devices", 4]
+    output = run("decode.py", *options, "--batch", 6, "--new-tokens", 4, "--quantize", "none")
+    assert "4 cpu devices, 4 experts of every layer on each" in output
+    assert "prefill  768 tokens" in output and "6 sequences x 3 steps" in output
+
+
+def test_demo(tmp_path):
+    output = run("demo.py", *SMALL, "--steps", 20, "--new-tokens", 8, "--out", tmp_path / "out")
+    for row in ("attention", "routing", "exchange", "experts", "rest", "step", "padded all_to_all", "ring"):
+        assert re.search(rf"^│ {row}\b.* [\d.]+ ", output, re.MULTILINE), (row, output)
+    first, last = map(float, re.search(r"Held-out loss ([\d.]+) -> .*?([\d.]+) nats", output).groups())
+    assert last < first - 0.5
+    for name in ("loss.png", "expert_load.png", "route.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+# ---- text ----
+
+
+def test_files_are_held_out_whole(lm, text_folder):
+    corpus = lm.text.read_corpus(text_folder, "*.txt")
+    numbers = [set(re.findall(rb"fox (\d\d)", part.tobytes())) for part in (corpus.train, corpus.held_out)]
+    assert not numbers[0] & numbers[1]
+    assert len(numbers[0]) + len(numbers[1]) == 60 and len(numbers[1]) >= 2
+
+
+def test_batches_depend_on_step_and_seed_only(lm, text_folder):
+    corpus = lm.text.read_corpus(text_folder, "*.txt")
+    batch = corpus.train_batch(3, 0, 4, 20)
+    assert batch.shape == (4, 20) and batch.dtype == np.int32
+    np.testing.assert_array_equal(batch, corpus.train_batch(3, 0, 4, 20))
+    for step, seed in ((4, 0), (3, 1)):
+        assert np.any(batch != corpus.train_batch(step, seed, 4, 20))
+    assert lm.text.as_text(batch[0]).encode() in corpus.train.tobytes()
+
+
+def test_too_little_text_is_an_error(lm, tmp_path):
+    (tmp_path / "short.py").write_text("pass")
+    with pytest.raises(ValueError, match=r"expected files .* at least 10,000 bytes to train on, got 4 bytes"):
+        lm.text.read_corpus(tmp_path)
