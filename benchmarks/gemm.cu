@@ -7,6 +7,8 @@
 //
 //   gemm [m,k,n,groups[e] ..]     default: the shapes of docs/performance_gemm.md
 //
+// Prints JSON lines.
+//
 // Data are normal random numbers, never zeros. Buffers rotate so that no launch finds its operands
 // in L2. A figure is the median of 7 batches of 10 launches between two events, after one batch of
 // warm-up.
@@ -95,9 +97,11 @@ const char* Layout(const Shape& shape) {
 
 void Print(const Shape& shape, const char* product, double us, double gigabytes) {
   const double flops = 2.0 * shape.m * shape.k * shape.n;
-  std::printf("%6ld %6ld %6ld %4d %-7s %-15s %9.1f us %7.1f TFLOP/s %7.0f GB/s\n", shape.m, shape.k,
-              shape.n, shape.num_groups, Layout(shape), product, us, flops / us * 1e-6,
-              gigabytes / us * 1e6);
+  std::printf(
+      "{\"program\": \"wideep\", \"product\": \"%s\", \"m\": %ld, \"k\": %ld, \"n\": %ld, "
+      "\"groups\": %d, \"sizes\": \"%s\", \"us\": %.1f, \"tflops\": %.1f, \"gb_per_s\": %.0f}\n",
+      product, shape.m, shape.k, shape.n, shape.num_groups, Layout(shape), us, flops / us * 1e-6,
+      gigabytes / us * 1e6);
   std::fflush(stdout);
 }
 
@@ -118,7 +122,7 @@ void Measure(const Shape& shape) {
                                     shape.slab_rows};
   int64_t computed_rows = 0;
   for (const int64_t size : sizes) computed_rows += (size + 15) / 16 * 16;
-  std::printf("-- rows rounded up to 16 in each group: %ld, largest group %d, empty groups %ld\n",
+  std::printf("{\"rows rounded up to 16\": %ld, \"largest group\": %d, \"empty groups\": %ld}\n",
               computed_rows, *std::max_element(sizes.begin(), sizes.end()),
               std::count(sizes.begin(), sizes.end(), 0));
   const int64_t used_groups = num_groups - std::count(sizes.begin(), sizes.end(), 0);

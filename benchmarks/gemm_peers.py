@@ -1,11 +1,12 @@
 """Times what else multiplies groups on a GPU: one cuBLAS product of the same total, and torch._grouped_mm.
 
 The same shapes and the same method as gemm.cu: normal random data, weights larger than L2, the median of 7
-batches of 10 launches. Run both on one machine, one after the other.
+batches of 10 launches. Run both on one machine, one after the other. Prints JSON lines.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
 
@@ -40,7 +41,8 @@ def measure_copy() -> None:
     x = torch.randn(1 << 30, device="cuda")
     y = torch.empty_like(x)
     us = microseconds(lambda _: y.copy_(x))
-    print(f"copy {2 * x.numel() * 4 / us / 1e3:.0f} GB/s read plus written", flush=True)
+    gigabytes_per_s = round(2 * x.numel() * 4 / us / 1e3)
+    print(json.dumps({"program": "copy", "read plus written, GB/s": gigabytes_per_s}), flush=True)
 
 
 def measure(m: int, k: int, n: int, groups: int) -> None:
@@ -49,18 +51,18 @@ def measure(m: int, k: int, n: int, groups: int) -> None:
     w = torch.randn(groups, k, n, device="cuda", dtype=torch.bfloat16) / k**0.5
     sizes = np.random.default_rng(0).multinomial(m, np.ones(groups) / groups)
     offsets = torch.tensor(np.cumsum(sizes), device="cuda", dtype=torch.int32)
-    calls: dict[str, Callable[[int], object]] = {
-        "dense": lambda i: x @ w[i % groups],
-        "dense input grad": lambda i: dy @ w[i % groups].t(),
-        "dense weight grad": lambda _: x.t() @ dy,
-        "torch._grouped_mm": lambda _: torch._grouped_mm(x, w, offs=offsets),
-        "torch input grad": lambda _: torch._grouped_mm(dy, w.transpose(1, 2), offs=offsets),
-        "torch weight grad": lambda _: torch._grouped_mm(x.t(), dy, offs=offsets),
+    calls: dict[tuple[str, str], Callable[[int], object]] = {
+        ("cuBLAS dense", "forward"): lambda i: x @ w[i % groups],
+        ("cuBLAS dense", "input grad"): lambda i: dy @ w[i % groups].t(),
+        ("cuBLAS dense", "weight grad"): lambda _: x.t() @ dy,
+        ("torch._grouped_mm", "forward"): lambda _: torch._grouped_mm(x, w, offs=offsets),
+        ("torch._grouped_mm", "input grad"): lambda _: torch._grouped_mm(dy, w.transpose(1, 2), offs=offsets),
+        ("torch._grouped_mm", "weight grad"): lambda _: torch._grouped_mm(x.t(), dy, offs=offsets),
     }
-    for name, call in calls.items():
-        us = microseconds(call)
-        tflops = 2e-6 * m * k * n / us
-        print(f"{m:6} {k:6} {n:6} {groups:4} {name:24} {us:9.1f} us {tflops:7.1f} TFLOP/s", flush=True)
+    for (program, product), call in calls.items():
+        shape = {"m": m, "k": k, "n": n, "groups": groups, "sizes": "uniform"}
+        us = round(microseconds(call), 1)
+        print(json.dumps({"program": program, "product": product, **shape, "us": us}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+#!/bin/bash
+# Compiles the CUDA module with nvcc and checks what came out; no GPU needed. Where there is no nvcc it says so and
+# succeeds.
+#
+#   tools/check_cuda.sh [build folder]       PYTHON: the interpreter to build for (python3)
+#
+# Checked: it compiles, within ten minutes of two cores; wgmma is not serialised (nvcc's C7510); the module needs
+# nothing of libcuda at load time, so that it imports on a machine without a driver, and no library of the toolkit.
+set -u -o pipefail
+cd "$(dirname "$0")/.."
+BUILD_DIR=${1:-build/check_cuda}
+PYTHON=${PYTHON:-python3}
+LIMIT_S=600
+
+if ! command -v nvcc >/dev/null && [ ! -x "${CUDACXX:-}" ]; then
+  echo "check_cuda: no nvcc here, nothing checked"
+  exit 0
+fi
+mkdir -p "$BUILD_DIR"
+log=$BUILD_DIR/build.log
+fail() { echo "check_cuda: $*"; exit 1; }
+
+began=$SECONDS
+{
+  cmake -S . -B "$BUILD_DIR" -DWIDEEP_CUDA=ON -DWIDEEP_TESTS=ON -DPython_EXECUTABLE="$(command -v "$PYTHON")" &&
+    timeout $LIMIT_S cmake --build "$BUILD_DIR" --clean-first --parallel 2 --target _wideep_cuda
+} 2>&1 | tee "$log" | grep -E "warning|error|C7510|FAILED" 
+[ "${PIPESTATUS[0]}" = 0 ] || { tail -n 30 "$log"; fail "the build failed, or took more than $LIMIT_S s"; }
+seconds=$((SECONDS - began))
+if grep -q C7510 "$log"; then fail "wgmma is serialised (C7510), see $log"; fi
+
+module=$(ls "$BUILD_DIR"/_wideep_cuda*.so) || fail "no module in $BUILD_DIR"
+driver_symbols=$(nm -D --undefined-only "$module" | grep -oE ' cu[A-Z][A-Za-z0-9]*' || true)
+if [ -n "$driver_symbols" ]; then fail "$module refers to libcuda:$driver_symbols"; fi
+libraries=$(readelf -d "$module" | sed -n 's/.*NEEDED.*\[\(.*\)\].*/\1/p')
+unexpected=$(grep -vE '^(libc|libm|libdl|librt|libpthread|libstdc\+\+|libgcc_s|ld-linux-x86-64|ld-linux-aarch64)\.so' \
+  <<<"$libraries")
+if [ -n "$unexpected" ]; then fail "$module needs $unexpected"; fi
+PYTHONPATH=$BUILD_DIR "$PYTHON" -c "import _wideep_cuda; print(sorted(_wideep_cuda.handlers()))" ||
+  fail "the module does not import without a driver"
+echo "check_cuda: $module, $seconds s"
