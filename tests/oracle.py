@@ -91,11 +91,10 @@ def combine(y: np.ndarray, row_weights: np.ndarray, plan: Plan) -> np.ndarray:
 
 def dense_moe(x, topk_idx, topk_weights, wi, wo, activate):
     """Every expert on every token, in JAX so that it can be differentiated; flat over ranks."""
-    out = 0
-    for expert in range(wi.shape[0]):
-        weight = jax.numpy.where(topk_idx == expert, topk_weights, 0).sum(axis=1)
-        out = out + weight[:, None] * (activate(x @ wi[expert]) @ wo[expert])
-    return out
+    experts = jax.numpy.arange(wi.shape[0])
+    weight = jax.numpy.where(topk_idx[:, :, None] == experts, topk_weights[:, :, None], 0).sum(axis=1)
+    outs = jax.vmap(lambda wi, wo: activate(x @ wi) @ wo)(wi, wo)
+    return jax.numpy.einsum("te,eth->th", weight, outs, precision="highest")
 
 
 def on_ranks(group, function, *, out_specs=None, **jit_options):

@@ -148,7 +148,7 @@ def apply(
       params: as param_specs names them.
       x: [..., hidden].
       selection_bias: [num_experts], see route.
-      token_mask: [...] bool; False marks padding, which is routed nowhere.
+      token_mask: [...] bool; False marks padding, which is routed nowhere and gives zeros.
       jitter_rng: key for the router's input noise; None for none.
       return_stats: whether to compute statistics.
 
@@ -226,7 +226,10 @@ def _on_one_rank(config, return_stats, params, x, optional):
     dtype = config.dtype or x.dtype
     tokens = x.reshape(-1, config.hidden)
     mask = optional.get("token_mask")
-    mask = None if mask is None else mask.reshape(-1)
+    if mask is not None:
+        mask = mask.reshape(-1)
+        # Whatever padding holds, also NaN: a gradient of 0 times it must be 0.
+        tokens = jnp.where(mask[:, None], tokens, 0)
     rng = optional.get("jitter_rng")
     if rng is not None:
         rng = jax.random.fold_in(rng, jax.lax.axis_index(axes))

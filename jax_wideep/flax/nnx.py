@@ -134,7 +134,8 @@ class MoE(nnx.Module):
 
         Args:
           x: [batch, seq, hidden], or any [..., hidden]. Fastest where the batch is a multiple of the ranks.
-          token_mask: bool, x's shape without hidden; False marks padding, which is routed nowhere.
+          token_mask: bool, x's shape without hidden; False marks padding, which is routed nowhere and gives
+            zeros, whatever it holds.
           jitter_rng: key for the router's input noise while training; None for none.
           mode: for this call, in place of the layer's own.
           return_stats: whether to return statistics as well.
