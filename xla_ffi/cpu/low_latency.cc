@@ -1,5 +1,6 @@
 // Handlers of the low-latency shape: the sender's quantisation, dispatch, combine and combine's
 // backward.
+#include "csrc/core/float_env.h"
 #include "csrc/ep/combine_host.h"
 #include "csrc/ep/low_latency_host.h"
 #include "csrc/ep/row_kernels.h"
@@ -28,6 +29,7 @@ ffi::Error QuantizeImpl(ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> q,
   const int64_t hidden = x.dimensions()[1];
   const auto* row = static_cast<const char*>(x.untyped_data());
   auto* codes = static_cast<uint8_t*>(q->untyped_data());
+  const ScopedIeeeDenormals denormals;
   for (int64_t token = 0; token < x.dimensions()[0]; ++token) {
     SelectRowKernels().quantize(*dtype, codes + token * hidden,
                                 scales->typed_data() + token * (hidden / kQuantBlock),
