@@ -24,7 +24,7 @@ began=$SECONDS
 {
   cmake -S . -B "$BUILD_DIR" -DWIDEEP_CUDA=ON -DWIDEEP_TESTS=ON -DPython_EXECUTABLE="$(command -v "$PYTHON")" &&
     timeout $LIMIT_S cmake --build "$BUILD_DIR" --clean-first --parallel 2 --target _wideep_cuda
-} 2>&1 | tee "$log" | grep -E "warning|error|C7510|FAILED" 
+} 2>&1 | tee "$log" | grep -E "warning:|error:|C7510|FAILED"
 [ "${PIPESTATUS[0]}" = 0 ] || { tail -n 30 "$log"; fail "the build failed, or took more than $LIMIT_S s"; }
 seconds=$((SECONDS - began))
 if grep -q C7510 "$log"; then fail "wgmma is serialised (C7510), see $log"; fi
