@@ -24,7 +24,11 @@ def main(arguments: list[str] | None = None) -> None:
     def run_decode(settings: decode.DecodeSettings) -> None:
         decode.run(settings)
 
-    run_exchange.__doc__, run_layer.__doc__, run_decode.__doc__ = exchange.__doc__, layer.__doc__, decode.__doc__
+    run_exchange.__doc__, run_layer.__doc__, run_decode.__doc__ = (
+        exchange.__doc__,
+        layer.__doc__,
+        decode.__doc__,
+    )
     tyro.extras.subcommand_cli_from_dict(
         {"exchange": run_exchange, "layer": run_layer, "decode": run_decode},
         prog="python -m jax_wideep.bench",

@@ -7,7 +7,7 @@ Every baseline has two halves, called inside `jax.shard_map` over the ranks' axe
 
 `rows` [capacity, hidden] are packed by expert and, inside an expert, in order of source rank, token, k, as
 the library's; `out` is the float32 sum of topk_weights * y over each token's experts. All index arithmetic
-is on integers; rows themselves are only gathered, which is what XLA compiles best. Gradients are JAX's own.
+is on integers; rows are gathered wherever they can be, forward and backward, which is what XLA compiles best.
 
 | name | how | rows that cross a link |
 |---|---|---|
@@ -135,6 +135,25 @@ def _take(rows: jax.Array, at: jax.Array) -> jax.Array:
     return rows.at[at].get(mode="fill", fill_value=0)
 
 
+@jax.custom_vjp
+def _move(rows: jax.Array, at: jax.Array, back: jax.Array) -> jax.Array:
+    """Rows at `at`, where `back` [rows, copies] says where each row goes: its gradient is a gather as well,
+    while JAX's own would be a scatter in float32, slower and several times larger."""
+    del back
+    return _take(rows, at)
+
+
+def _move_fwd(rows: jax.Array, at: jax.Array, back: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _take(rows, at), back
+
+
+def _move_bwd(back: jax.Array, dout: jax.Array) -> tuple[jax.Array, None, None]:
+    return _weighted_sum(dout, back, jnp.ones(back.shape, jnp.float32)), None, None
+
+
+_move.defvjp(_move_fwd, _move_bwd)
+
+
 def _expert_order(counts: jax.Array, first_slot: jax.Array, capacity: int) -> jax.Array:
     """The arrival slot of each row of the expert order; -1 past the last row.
 
@@ -174,30 +193,38 @@ def _weighted_sum(rows: jax.Array, at: jax.Array, weights: jax.Array) -> jax.Arr
 def _padded_dispatch(x, topk_idx, setting):
     mine = _sort(topk_idx, setting)
     top_k, pad, num_ranks = topk_idx.shape[1], setting.pad, setting.num_ranks
+    num_slots = num_ranks * pad
     per_rank = mine.counts.sum(axis=1)
     first = _exclusive_cumsum(per_rank)
     slot = jnp.arange(pad, dtype=jnp.int32)
     place = jnp.minimum(first[:, None] + slot, max(mine.order.size - 1, 0))
-    token = jnp.where(slot < per_rank[:, None], mine.order[place] // top_k, x.shape[0])
-    blocks = jax.lax.all_to_all(_take(x, token), setting.axis, 0, 0, tiled=True)
+    selection = jnp.where(slot < per_rank[:, None], mine.order[place], topk_idx.size).reshape(-1)
+    # Where each selection's row lies in the blocks that go out, and in those that come home.
+    in_block = mine.place - first[jnp.minimum(mine.rank, num_ranks - 1)]
+    home_slot = jnp.where((mine.rank < num_ranks) & (in_block < pad), mine.rank * pad + in_block, num_slots)
+
+    blocks = _move(x, selection // top_k, home_slot).reshape(num_ranks, pad, -1)
+    blocks = jax.lax.all_to_all(blocks, setting.axis, 0, 0, tiled=True).reshape(num_slots, -1)
     counts = jax.lax.all_to_all(mine.counts, setting.axis, 0, 0, tiled=True)
     slots = _expert_order(counts, jnp.arange(num_ranks, dtype=jnp.int32) * pad, setting.capacity)
-    rows = _take(blocks.reshape(num_ranks * pad, -1), jnp.where(slots >= 0, slots, num_ranks * pad))
-    # Where each selection's row will be in the blocks that come home.
-    home_slot = jnp.where(
-        mine.rank < num_ranks,
-        mine.rank * pad + mine.place - first[jnp.minimum(mine.rank, num_ranks - 1)],
-        num_ranks * pad,
-    )
-    return rows, counts.sum(axis=0), (slots, home_slot)
+    row_of_slot = _inverse(slots, num_slots)
+    slots = jnp.where(slots >= 0, slots, num_slots)
+    rows = _move(blocks, slots, row_of_slot[:, None])
+    return rows, counts.sum(axis=0), (slots, row_of_slot, selection, home_slot)
 
 
 def _padded_combine(y, topk_weights, state, setting):
-    slots, home_slot = state
-    num_slots = setting.num_ranks * setting.pad
-    blocks = _take(y, _inverse(slots, num_slots)).reshape(setting.num_ranks, setting.pad, -1)
-    home = jax.lax.all_to_all(blocks, setting.axis, 0, 0, tiled=True).reshape(num_slots, -1)
-    return _weighted_sum(home, home_slot, topk_weights)
+    slots, row_of_slot, selection, home_slot = state
+    blocks = _move(y, row_of_slot, slots[:, None]).reshape(setting.num_ranks, setting.pad, -1)
+    home = jax.lax.all_to_all(blocks, setting.axis, 0, 0, tiled=True).reshape(selection.size, -1)
+    return _sum_of_selections(home, home_slot, selection, topk_weights)
+
+
+def _sum_of_selections(home, home_slot, selection, topk_weights):
+    """out[t] = sum over k of topk_weights[t, k] * home[home_slot[t, k]], in float32."""
+    chosen = _move(home, home_slot.reshape(-1), selection[:, None])
+    chosen = chosen.reshape(*home_slot.shape, -1).astype(jnp.float32)
+    return jnp.sum(topk_weights[:, :, None].astype(jnp.float32) * chosen, axis=1).astype(home.dtype)
 
 
 # ---- ring ----
@@ -263,21 +290,23 @@ def _ragged_dispatch(x, topk_idx, setting):
     counts = jax.lax.all_gather(mine.counts, setting.axis)  # [source, destination, local expert]
     pair = counts.sum(axis=2)
     sizes = ragged_sizes(pair, me)
-    operand = _take(x, mine.order // topk_idx.shape[1])
+    place = jnp.where(mine.rank < setting.num_ranks, mine.place, topk_idx.size)
+    operand = _move(x, mine.order // topk_idx.shape[1], place)
     output = jnp.zeros((setting.capacity, x.shape[1]), x.dtype)
     arrived = jax.lax.ragged_all_to_all(operand, output, *sizes, axis_name=setting.axis)
     slots = _expert_order(counts[:, me], _exclusive_cumsum(sizes.recv_sizes), setting.capacity)
-    rows = _take(arrived, jnp.where(slots >= 0, slots, setting.capacity))
-    place = jnp.where(mine.rank < setting.num_ranks, mine.place, topk_idx.size)
-    return rows, counts[:, me].sum(axis=0), (slots, place, sizes.reversed(pair, me))
+    row_of_slot = _inverse(slots, setting.capacity)
+    slots = jnp.where(slots >= 0, slots, setting.capacity)
+    rows = _move(arrived, slots, row_of_slot[:, None])
+    return rows, counts[:, me].sum(axis=0), (slots, row_of_slot, mine.order, place, sizes.reversed(pair, me))
 
 
 def _ragged_combine(y, topk_weights, state, setting):
-    slots, place, sizes = state
-    operand = _take(y, _inverse(slots, setting.capacity))
+    slots, row_of_slot, selection, place, sizes = state
+    operand = _move(y, row_of_slot, slots[:, None])
     output = jnp.zeros((place.size, y.shape[1]), y.dtype)
     home = jax.lax.ragged_all_to_all(operand, output, *sizes, axis_name=setting.axis)
-    return _weighted_sum(home, place, topk_weights)
+    return _sum_of_selections(home, place, selection, topk_weights)
 
 
 BASELINES = {

@@ -256,7 +256,11 @@ def _show(settings: ExchangeSettings, records: list[report.Record], missing: dic
             ]
         )
     rows += [[f"{name}: {reason}"] + [None] * 6 for name, reason in missing.items()]
-    best = [record["median_ms"] for record in measured if record["implementation"] != LIBRARY and record["op"] == ALL]
+    best = [
+        record["median_ms"]
+        for record in measured
+        if record["implementation"] != LIBRARY and record["op"] == ALL
+    ]
     ours = library["dispatch + combine"]
     notes = [
         "Whole jitted call until every rank's outputs are ready; median and minimum over repeats with fresh data.",
@@ -267,7 +271,9 @@ def _show(settings: ExchangeSettings, records: list[report.Record], missing: dic
         else f"Bare copy on one device: {copy['copy_bytes_per_s'] / 1e9:,.0f} GB/s, read + written.",
     ]
     if best:
-        notes.append(f"Best baseline, index arithmetic included: {min(best) / library[ALL]:.1f} times {LIBRARY}'s {ALL}.")
+        notes.append(
+            f"Best baseline, index arithmetic included: {min(best) / library[ALL]:.1f} times {LIBRARY}'s {ALL}."
+        )
     report.print_table(
         f"exchange: {copy['ranks']} x {copy['device_kind']}, {settings.tokens} tokens a rank, hidden "
         f"{settings.hidden}, top-{settings.top_k} of {settings.experts}, {settings.dtype}, {copy['routing']}, "

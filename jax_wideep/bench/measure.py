@@ -57,9 +57,7 @@ def put(mesh: Mesh, array: np.ndarray) -> jax.Array:
 def on_ranks(mesh: Mesh, function: Callable[..., Any], *, check_vma: bool = True) -> Callable[..., Any]:
     """`function` on one rank's shards, jitted; a pytree of arrays in and out, split by their first axis."""
     spec = PartitionSpec(AXIS)
-    return jax.jit(
-        jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
-    )
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma))
 
 
 def stack(tree: Any) -> Any:

@@ -13,7 +13,9 @@ Record = dict[str, Any]
 
 def write_json_lines(records: Sequence[Record], path: str) -> None:
     """One object per line, to a file, or to stdout for "-"."""
-    text = "".join(json.dumps({name: _rounded(value) for name, value in record.items()}) + "\n" for record in records)
+    text = "".join(
+        json.dumps({name: _rounded(value) for name, value in record.items()}) + "\n" for record in records
+    )
     if path == "-":
         sys.stdout.write(text)
     else:
@@ -24,7 +26,9 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str] = ()) -> None:
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str] = ()
+) -> None:
     """The first column is text, the others are numbers or text; None is shown as a dash."""
     from rich.console import Console
     from rich.table import Table
