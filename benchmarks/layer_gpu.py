@@ -248,57 +248,64 @@ def main() -> None:
         return
 
     workers = [Worker(kind, sys.argv[1:]) for kind in args.peers.split(",")]
-    times: dict[tuple[str, str], list[float]] = {}
-    failures: dict[tuple[str, str], str] = {}
-    for round_ in range(args.rounds + 1):
-        for worker in workers:
-            for implementation in worker.implementations:
-                slow = implementation == "ragged_dot"
-                if slow and round_ > args.slow_rounds:
-                    continue
-                for pass_ in PASSES:
-                    key = (implementation, pass_)
-                    if key in failures:
-                        continue
-                    repeats = 1 if slow else args.repeats
-                    result = worker.ask(
-                        implementation=implementation, seed=round_, repeats=repeats, **{"pass": pass_}
-                    )
-                    if "failed" in result:
-                        failures[key] = result["failed"]
-                    elif round_ > 0:
-                        times.setdefault(key, []).append(result["us"])
     common = {
         "benchmark": "layer",
         **dataclasses.asdict(shape),
         "dtype": "bfloat16",
         "device": workers[0].device,
     }
-    medians = {key: statistics.median(values) for key, values in times.items()}
-    for (implementation, pass_), us in medians.items():
-        spread = [round(min(times[implementation, pass_]), 1), round(max(times[implementation, pass_]), 1)]
-        line = {
-            "implementation": implementation,
-            "pass": pass_,
-            "us": round(us, 1),
-            "min, max": spread,
-            **common,
-        }
-        print(json.dumps(line), flush=True)
-    for (implementation, pass_), reason in failures.items():
-        print(
-            json.dumps({"implementation": implementation, "pass": pass_, "failed": reason, **common}),
-            flush=True,
-        )
+    medians: dict[tuple[str, str], float] = {}
+    # ragged_dot comes last: it may take long, or more memory than there is.
+    for is_slow, rounds, repeats in ((False, args.rounds, args.repeats), (True, args.slow_rounds, 1)):
+        times, failures = take_turns(workers, is_slow, rounds, repeats)
+        for (implementation, pass_), values in times.items():
+            us = medians[implementation, pass_] = statistics.median(values)
+            line = {"implementation": implementation, "pass": pass_, "us": round(us, 1)}
+            line |= {"fastest": round(min(values), 1), "slowest": round(max(values), 1), "rounds": rounds}
+            print(json.dumps(line | common), flush=True)
+        for (implementation, pass_), reason in failures.items():
+            print(
+                json.dumps({"implementation": implementation, "pass": pass_, "failed": reason} | common),
+                flush=True,
+            )
     if "jax" in args.peers:
         difference = workers[0].ask(implementation="", seed=0, repeats=0, **{"pass": "error"})
         print(json.dumps({"relative difference of the outputs to ragged_dot's": difference}), flush=True)
     for worker in workers:
         worker.process.stdin.close()
-    ours = next(iter(workers[0].implementations))
+    ours = workers[0].implementations[0]
     for (implementation, pass_), us in medians.items():
         if (ours, pass_) in medians:
             print(f"# {pass_:17} {implementation:24} {us / 1e3:9.3f} ms {us / medians[ours, pass_]:7.2f} x")
+
+
+def take_turns(
+    workers: list[Worker], is_slow: bool, rounds: int, repeats: int
+) -> tuple[dict[tuple[str, str], list[float]], dict[tuple[str, str], str]]:
+    """us per call of every round, and what failed, by implementation and pass."""
+    times: dict[tuple[str, str], list[float]] = {}
+    failures: dict[tuple[str, str], str] = {}
+    for round_ in range(rounds + 1):
+        for worker in workers:
+            for implementation in worker.implementations:
+                if is_slow != (implementation == "ragged_dot"):
+                    continue
+                for pass_ in PASSES:
+                    key = (implementation, pass_)
+                    if key in failures:
+                        continue
+                    request = {
+                        "implementation": implementation,
+                        "pass": pass_,
+                        "seed": round_,
+                        "repeats": repeats,
+                    }
+                    result = worker.ask(**request)
+                    if "failed" in result:
+                        failures[key] = result["failed"]
+                    elif round_ > 0:  # the first one compiles and warms up
+                        times.setdefault(key, []).append(result["us"])
+    return times, failures
 
 
 if __name__ == "__main__":
