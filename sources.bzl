@@ -94,15 +94,60 @@ GEMM_CUDA_HEADERS = [
     "csrc/gemm/tile_finder.cuh",
 ]
 
+# The exchange on CUDA and its transport: csrc, so no XLA and no Python.
+EXCHANGE_CUDA_SOURCES = [
+    "csrc/core/error_record.cc",
+    "csrc/ep/combine.cu",
+    "csrc/ep/dispatch.cu",
+    "csrc/ep/plan.cu",
+    "csrc/ep/quantize.cu",
+    "csrc/transport/device_memory.cc",
+    "csrc/transport/peer.cc",
+]
+
+EXCHANGE_CUDA_HEADERS = [
+    "csrc/core/convert.cuh",
+    "csrc/core/error_record.h",
+    "csrc/core/host_device.h",
+    "csrc/core/launch.cuh",
+    "csrc/core/layout.h",
+    "csrc/ep/arrivals.cuh",
+    "csrc/ep/bulk_pipe.cuh",
+    "csrc/ep/combine.cuh",
+    "csrc/ep/combine.h",
+    "csrc/ep/dispatch.cuh",
+    "csrc/ep/dispatch.h",
+    "csrc/ep/exchange_protocol.cuh",
+    "csrc/ep/peer_context.h",
+    "csrc/ep/plan.cuh",
+    "csrc/ep/plan.h",
+    "csrc/ep/quantize.cuh",
+    "csrc/ep/quantize.h",
+    "csrc/ep/ring.cuh",
+    "csrc/ep/row_sum.cuh",
+    "csrc/ep/zero_tail.cuh",
+    "csrc/transport/device_memory.h",
+    "csrc/transport/peer.h",
+]
+
 # FFI handlers and the nanobind module of the CUDA backend; host compiler only.
 CUDA_FFI_SOURCES = [
+    "xla_ffi/cuda/combine.cc",
+    "xla_ffi/cuda/dispatch.cc",
     "xla_ffi/cuda/grouped_matmul.cc",
     "xla_ffi/cuda/module.cc",
+    "xla_ffi/cuda/peer_groups.cc",
+    "xla_ffi/cuda/peer_module.cc",
+    "xla_ffi/cuda/plan.cc",
+    "xla_ffi/cuda/quantize.cc",
     "xla_ffi/cuda/swiglu.cc",
 ]
 
 CUDA_FFI_HEADERS = [
+    "xla_ffi/cuda/exchange.h",
     "xla_ffi/cuda/handlers.h",
+    "xla_ffi/cuda/peer_groups.h",
+    "xla_ffi/cuda/peer_module.h",
     "xla_ffi/cuda/row_groups.h",
     "xla_ffi/ffi_util.h",
 ]

@@ -4,6 +4,12 @@
 #include "xla/ffi/api/c_api.h"
 
 extern "C" {
+XLA_FFI_Error* WideepPlan(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* WideepDispatch(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* WideepDispatchGrad(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* WideepCombine(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* WideepCombineGrad(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* WideepQuantizeRows(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* WideepGroupedMatmul(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* WideepGroupedMatmulWeightGrad(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* WideepSwiglu(XLA_FFI_CallFrame* call_frame);

@@ -1,10 +1,11 @@
-// _wideep_cuda: the handlers of the CUDA backend.
+// _wideep_cuda: the handlers of the CUDA backend and the set-up of its groups.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
 
 #include <tuple>
 
 #include "xla_ffi/cuda/handlers.h"
+#include "xla_ffi/cuda/peer_module.h"
 #include "xla_ffi/ffi_util.h"
 
 namespace nb = nanobind;
@@ -14,6 +15,12 @@ namespace {
 
 nb::dict Handlers() {
   nb::dict handlers;
+  handlers["wideep_plan"] = HandlerCapsule(WideepPlan);
+  handlers["wideep_dispatch"] = HandlerCapsule(WideepDispatch);
+  handlers["wideep_dispatch_grad"] = HandlerCapsule(WideepDispatchGrad);
+  handlers["wideep_combine"] = HandlerCapsule(WideepCombine);
+  handlers["wideep_combine_grad"] = HandlerCapsule(WideepCombineGrad);
+  handlers["wideep_quantize_rows"] = HandlerCapsule(WideepQuantizeRows);
   handlers["wideep_grouped_matmul"] = HandlerCapsule(WideepGroupedMatmul);
   handlers["wideep_grouped_matmul_weight_grad"] = HandlerCapsule(WideepGroupedMatmulWeightGrad);
   handlers["wideep_swiglu"] = HandlerCapsule(WideepSwiglu);
@@ -30,4 +37,5 @@ NB_MODULE(_wideep_cuda, m) {
       "ffi_api_version", [] { return std::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
       "The FFI version this module was built against.");
   m.def("handlers", wideep::Handlers, "target name -> capsule, or stage -> capsule");
+  wideep::AddPeerGroups(m);
 }

@@ -1,0 +1,12 @@
+# The exchange on CUDA: csrc/ep's kernels, csrc/transport, and their tests.
+read_source_list(EXCHANGE_CUDA_SOURCES)
+
+add_library(wideep_exchange STATIC ${EXCHANGE_CUDA_SOURCES})
+target_include_directories(wideep_exchange PUBLIC ${CMAKE_SOURCE_DIR})
+target_link_libraries(wideep_exchange PUBLIC CUDA::cudart_static)
+
+if(WIDEEP_TESTS AND EXISTS ${CMAKE_SOURCE_DIR}/tests/gpu/exchange_test.cu)
+  # Against the host's implementation.
+  add_executable(exchange_gpu_test tests/gpu/exchange_test.cu)
+  target_link_libraries(exchange_gpu_test PRIVATE wideep_exchange wideep_host)
+endif()

@@ -1,0 +1,144 @@
+#include "xla_ffi/cuda/peer_module.h"
+
+#include <cuda_runtime_api.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdio>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "csrc/ep/plan.h"
+#include "csrc/transport/peer.h"
+#include "xla_ffi/cuda/peer_groups.h"
+
+namespace nb = nanobind;
+
+namespace wideep {
+namespace {
+
+// (address, bytes)
+using Range = std::pair<uint64_t, uint64_t>;
+
+void ThrowIf(const Status& status) {
+  if (!status.ok()) throw std::runtime_error(status.message());
+}
+
+Range ToRange(const MemoryRange& range) { return {range.base, range.num_bytes}; }
+
+nb::dict DeviceInfo(int device) {
+  cudaDeviceProp prop;
+  if (const cudaError_t error = cudaGetDeviceProperties(&prop, device); error != cudaSuccess) {
+    throw std::runtime_error(std::string("cudaGetDeviceProperties: ") + cudaGetErrorString(error));
+  }
+  std::string uuid;
+  for (const char byte : prop.uuid.bytes) {
+    char text[3];
+    std::snprintf(text, sizeof(text), "%02x", static_cast<unsigned char>(byte));
+    uuid += text;
+  }
+  nb::dict info;
+  info["uuid"] = uuid;
+  info["num_sms"] = prop.multiProcessorCount;
+  info["compute_capability"] = prop.major * 10 + prop.minor;
+  return info;
+}
+
+nb::dict Limits() {
+  nb::dict limits;
+  limits["num_ranks"] = kMaxRanks;
+  limits["num_experts"] = kMaxPlanExperts;
+  limits["top_k"] = kMaxKernelTopK;
+  return limits;
+}
+
+std::shared_ptr<PeerGroup> MakePeerGroup(int device, int rank, int num_ranks, int num_experts,
+                                         int top_k, int64_t max_row_bytes, int num_sms,
+                                         bool spans_processes,
+                                         const std::vector<uint64_t>& buffer_addresses) {
+  PeerGroup::Settings settings;
+  settings.device = device;
+  settings.rank = rank;
+  settings.arena = {num_ranks, num_experts, top_k, max_row_bytes, num_sms};
+  settings.spans_processes = spans_processes;
+  std::vector<const void*> pointers;
+  for (const uint64_t address : buffer_addresses) {
+    pointers.push_back(reinterpret_cast<const void*>(address));
+  }
+  std::unique_ptr<PeerGroup> group;
+  ThrowIf(PeerGroup::Make(settings, pointers, group));
+  return group;
+}
+
+void MapPeer(PeerGroup& self, int rank, const Range& arena, const std::vector<Range>& regions,
+             const std::vector<int>& descriptors) {
+  PeerMemory memory;
+  memory.arena = {arena.first, arena.second};
+  for (const Range& range : regions) memory.regions.push_back({range.first, range.second});
+  ThrowIf(self.MapPeer(rank, memory, descriptors));
+}
+
+int64_t OpenGroup(const std::vector<std::shared_ptr<PeerGroup>>& ranks, double deadline_s,
+                  int top_k, bool zero_copy) {
+  PeerSettings settings;
+  settings.deadline_s = deadline_s;
+  settings.top_k = top_k;
+  settings.zero_copy = zero_copy;
+  return PeerGroups::Global().Open(ranks, settings);
+}
+
+}  // namespace
+
+void AddPeerGroups(nb::module_& m) {
+  const auto without_gil = nb::call_guard<nb::gil_scoped_release>();
+  nb::class_<PeerGroup>(m, "PeerGroup",
+                        "A rank's arena and its mappings of the peers' memory; see peer.h.")
+      .def_prop_ro(
+          "arena", [](const PeerGroup& self) { return ToRange(self.memory().arena); },
+          "(address, bytes)")
+      .def_prop_ro(
+          "regions",
+          [](const PeerGroup& self) {
+            std::vector<Range> ranges;
+            for (const MemoryRange& range : self.memory().regions) ranges.push_back(ToRange(range));
+            return ranges;
+          },
+          "(address, bytes) of each allocation of XLA's that peers map")
+      .def("take_descriptors", &PeerGroup::TakeDescriptors,
+           "file descriptors of arena and regions; the caller closes them")
+      .def("map_peer", MapPeer, nb::arg("rank"), nb::arg("arena"), nb::arg("regions"),
+           nb::arg("descriptors"), "a rank of another process")
+      .def(
+          "map_local_peer",
+          [](PeerGroup& self, const PeerGroup& peer) { ThrowIf(self.MapPeer(peer.rank(), peer)); },
+          nb::arg("peer"), "a rank of this process")
+      .def("finish", [](PeerGroup& self) { ThrowIf(self.Finish()); });
+
+  m.def("device_info", DeviceInfo, nb::arg("device"), "uuid, num_sms, compute_capability");
+  m.def("exchange_limits", Limits, "most ranks, experts and top_k of a group");
+  m.def("make_peer_group", MakePeerGroup, nb::arg("device"), nb::arg("rank"), nb::arg("num_ranks"),
+        nb::arg("num_experts"), nb::arg("top_k"), nb::arg("max_row_bytes"), nb::arg("num_sms"),
+        nb::arg("spans_processes"), nb::arg("buffer_addresses"), without_gil,
+        "allocates one rank's part of a group");
+  m.def("open_group", OpenGroup, nb::arg("ranks"), nb::arg("deadline_s"), nb::arg("top_k"),
+        nb::arg("zero_copy"), "lets the handlers find the ranks; returns the group's id");
+  m.def(
+      "close_group", [](int64_t id) { PeerGroups::Global().Close(id); }, nb::arg("id"),
+      without_gil);
+  m.def(
+      "group_error",
+      [](int64_t id) -> std::optional<std::string> {
+        const Status status = PeerGroups::Global().Check(id);
+        if (status.ok()) return std::nullopt;
+        return status.message();
+      },
+      nb::arg("id"), "what made a rank of this process give up, or None");
+}
+
+}  // namespace wideep
