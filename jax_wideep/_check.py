@@ -12,6 +12,17 @@ from jax_wideep.group import ExpertGroup
 ROW_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
+def instance(op: str, name: str, value: Any, kind: type, remedy: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{op}: {name}: expected a {kind.__name__}, got {type(value).__name__}; {remedy}")
+
+
+def group(op: str, value: Any) -> None:
+    """The argument `group`, and where it is used; see ExpertGroup.check_inside_shard_map."""
+    instance(op, "group", value, ExpertGroup, "make one with jax_wideep.ExpertGroup(mesh, ...)")
+    value.check_inside_shard_map(op)
+
+
 def shape(op: str, name: str, array: Any, expected: tuple[int | str, ...], remedy: str = "") -> None:
     """`expected` holds sizes, or the name of an axis of any size."""
     got = jnp.shape(array)
@@ -26,7 +37,7 @@ def shape(op: str, name: str, array: Any, expected: tuple[int | str, ...], remed
 def dtype(op: str, name: str, array: Any, expected: tuple[Any, ...], remedy: str = "") -> None:
     got = jax.dtypes.result_type(array)
     if not any(got == want for want in expected):
-        names = " or ".join(jnp.dtype(want).name for want in expected)
+        names = " or ".join(dict.fromkeys(jnp.dtype(want).name for want in expected))
         raise ValueError(f"{op}: {name}: expected dtype {names}, got {got.name}{_then(remedy)}")
 
 

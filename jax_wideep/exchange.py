@@ -42,7 +42,7 @@ def dispatch(
       jax.errors.JaxRuntimeError: when run, for a rank that does not come within the group's deadline.
     """
     op = "dispatch"
-    plan.group.check_inside_shard_map(op)
+    _check_plan(op, plan)
     _check.rows(op, "x", x, (plan.num_tokens, plan.group.hidden))
     _check.gate_weights(op, "topk_weights", topk_weights, (plan.num_tokens, plan.top_k))
     x, topk_weights, _ = _ffi.vary([x, topk_weights, plan.dest_row], plan.group.axis)
@@ -75,11 +75,22 @@ def combine(
       jax.errors.JaxRuntimeError: when run, for a rank that does not come within the group's deadline.
     """
     op = "combine"
-    plan.group.check_inside_shard_map(op)
+    _check_plan(op, plan)
     _check.rows(op, "y", y, (plan.capacity, plan.group.hidden))
     _check.gate_weights(op, "row_weights", row_weights, (plan.capacity,))
     y, row_weights, _ = _ffi.vary([y, row_weights, plan.dest_row], plan.group.axis)
     return _combine(y, row_weights.astype(jnp.float32), plan, zero_tail)
+
+
+def _check_plan(op: str, plan: DispatchPlan) -> None:
+    _check.instance(op, "plan", plan, DispatchPlan, "pass what make_plan returned")
+    _check.group(op, plan.group)
+    selections = (plan.num_tokens, plan.top_k)
+    remedy = "pass the plan as make_plan returned it on this rank"
+    _check.shape(op, "plan.dest_rank", plan.dest_rank, selections, remedy)
+    _check.shape(op, "plan.dest_row", plan.dest_row, selections, remedy)
+    _check.shape(op, "plan.row_source", plan.row_source, (plan.capacity,), remedy)
+    _check.shape(op, "plan.num_rows", plan.num_rows, (), remedy)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -14,6 +14,9 @@ import numpy as np
 
 from jax_wideep import _ffi
 
+# Thirty years; the clock counts nanoseconds in 64 bits.
+_LONGEST_DEADLINE_S = 1e9
+
 Backend = Literal["auto", "cuda", "cpu", "xla"]
 
 
@@ -60,6 +63,11 @@ class ExpertGroup:
         if mesh is None:
             raise ValueError(
                 "ExpertGroup: mesh: expected a jax.sharding.Mesh, got None and jax.set_mesh was not called; "
+                "pass mesh=jax.make_mesh(...)"
+            )
+        if not isinstance(mesh, jax.sharding.Mesh):
+            raise ValueError(
+                f"ExpertGroup: mesh: expected a jax.sharding.Mesh, which has devices, got {type(mesh).__name__}; "
                 "pass mesh=jax.make_mesh(...)"
             )
         _check_settings(self, mesh, axis)
@@ -231,8 +239,11 @@ def _check_settings(group: ExpertGroup, mesh: jax.sharding.Mesh, axis: tuple[str
         )
     if group.hidden % 8:
         raise ValueError(f"ExpertGroup: hidden: expected a multiple of 8, got {group.hidden}; pad the rows")
-    if not group.deadline_s > 0:
-        raise ValueError(f"ExpertGroup: deadline_s: expected more than 0 seconds, got {group.deadline_s!r}")
+    if not 0.001 <= group.deadline_s <= _LONGEST_DEADLINE_S:
+        raise ValueError(
+            f"ExpertGroup: deadline_s: expected a number of seconds between 0.001 and {_LONGEST_DEADLINE_S:.0e}, got "
+            f"{group.deadline_s!r}"
+        )
 
 
 def _choose_backend(asked: str, mesh: jax.sharding.Mesh) -> Backend:

@@ -143,7 +143,9 @@ def ll_dispatch_send(
 
 def ll_dispatch_recv(sent: DispatchInFlight) -> Received:
     """The second half of ll_dispatch: waits for all ranks' rows and packs them."""
-    sent.group.check_inside_shard_map("ll_dispatch_recv")
+    op = "ll_dispatch_recv"
+    _check.instance(op, "sent", sent, DispatchInFlight, "pass what ll_dispatch_send returned")
+    _check.group(op, sent.group)
     rows, scales, counts, row_source = _receive(
         sent.x, (sent.payload, sent.scales, sent.topk_idx), sent.group, sent.dequantize, sent.zero_tail
     )
@@ -187,8 +189,10 @@ def ll_combine_send(
     zero_tail: bool = True,
 ) -> CombineInFlight:
     """The first half of ll_combine. Arguments and errors are those of ll_combine."""
-    op, group = "ll_combine", recv.group
-    group.check_inside_shard_map(op)
+    op = "ll_combine"
+    _check.instance(op, "recv", recv, Received, "pass what ll_dispatch returned")
+    group = recv.group
+    _check.group(op, group)
     expert_rows = group.num_ranks * group.chunk
     _check.rows(op, "y", y, (group.local_experts, expert_rows, group.hidden))
     _check.gate_weights(op, "topk_weights", topk_weights, (recv.num_tokens, recv.top_k))
@@ -198,13 +202,15 @@ def ll_combine_send(
 
 def ll_combine_recv(sent: CombineInFlight) -> Float[jax.Array, "tokens hidden"]:
     """The second half of ll_combine: waits for all ranks' rows and sums them."""
+    op = "ll_combine_recv"
+    _check.instance(op, "sent", sent, CombineInFlight, "pass what ll_combine_send returned")
     recv = sent.recv
-    recv.group.check_inside_shard_map("ll_combine_recv")
+    _check.group(op, recv.group)
     return _combine(sent.y, sent.topk_weights, recv.counts, recv.row_source, recv.group, sent.zero_tail)
 
 
 def _send(op, x, topk_idx, group, *, quantize, dequantize, zero_tail) -> DispatchInFlight:
-    group.check_inside_shard_map(op)
+    _check.group(op, group)
     _check.rows(op, "x", x, ("tokens", group.hidden))
     _check.topk_idx(op, topk_idx, group)
     _check.shape(op, "topk_idx", topk_idx, (x.shape[0], group.top_k), "one row per token of x")

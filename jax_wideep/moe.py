@@ -98,7 +98,7 @@ def moe_ffn(
       jax.errors.JaxRuntimeError: when run, as make_plan and ll_dispatch say.
     """
     op = "moe_ffn"
-    group.check_inside_shard_map(op)
+    _check.group(op, group)
     _check.rows(op, "x", x, ("tokens", group.hidden))
     _check.topk_idx(op, topk_idx, group)
     _check.shape(op, "topk_idx", topk_idx, (x.shape[0], group.top_k), "one row per token of x")

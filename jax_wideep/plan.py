@@ -94,7 +94,7 @@ def make_plan(
         instead), for a rank that does not come within `group.deadline_s`, or for overflow under "error".
     """
     op = "make_plan"
-    group.check_inside_shard_map(op)
+    _check.group(op, group)
     _check.topk_idx(op, topk_idx, group)
     num_tokens, top_k = topk_idx.shape
     worst_case = group.num_ranks * num_tokens * top_k

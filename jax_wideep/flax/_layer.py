@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,13 @@ def make_config(
                 raise ValueError(f"MoE: {name}: expected {theirs} as in {other}, got {ours}; make them equal")
     if hidden != group.hidden:
         raise ValueError(f"MoE: hidden: expected {group.hidden} as in group, got {hidden}; make them equal")
+    for name, value, choices in (
+        ("activation", activation, get_args(Activation)),
+        ("mode", mode, get_args(Mode)),
+        ("overflow", overflow, get_args(Overflow)),
+    ):
+        if value not in choices:
+            raise ValueError(f"MoE: {name}: expected one of {choices}, got {value!r}")
     if ffn < 1 or shared_ffn < 0:
         raise ValueError(f"MoE: ffn, shared_ffn: expected at least 1 and 0, got {ffn} and {shared_ffn}")
     if capacity is not None and capacity_factor is not None:
