@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import Annotated, Union
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the benchmark that the arguments name; those of the process if None."""
     try:
         import matplotlib  # noqa: F401
         import rich  # noqa: F401
@@ -15,26 +18,25 @@ def main(arguments: list[str] | None = None) -> None:
     from jax_wideep.bench import decode, exchange, layer
     from jax_wideep.bench.settings import ExchangeSettings
 
-    def run_exchange(settings: ExchangeSettings) -> None:
-        exchange.run(settings)
-
-    def run_layer(settings: layer.LayerSettings) -> None:
-        layer.run(settings)
-
-    def run_decode(settings: decode.DecodeSettings) -> None:
-        decode.run(settings)
-
-    run_exchange.__doc__, run_layer.__doc__, run_decode.__doc__ = (
-        exchange.__doc__,
-        layer.__doc__,
-        decode.__doc__,
+    benchmarks = {
+        "exchange": (ExchangeSettings, exchange),
+        "layer": (layer.LayerSettings, layer),
+        "decode": (decode.DecodeSettings, decode),
+    }
+    subcommands = tuple(
+        Annotated[kind, tyro.conf.subcommand(name, description=module.__doc__)]
+        for name, (kind, module) in benchmarks.items()
     )
-    tyro.extras.subcommand_cli_from_dict(
-        {"exchange": run_exchange, "layer": run_layer, "decode": run_decode},
+    settings = tyro.cli(
+        Union[subcommands],  # noqa: UP007
         prog="python -m jax_wideep.bench",
+        description=__doc__,
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    for kind, module in benchmarks.values():
+        if type(settings) is kind:
+            module.run(settings)
 
 
 if __name__ == "__main__":

@@ -316,3 +316,13 @@ BASELINES = {
         _ragged_dispatch, _ragged_combine, {"cpu": "XLA:CPU has no ragged_all_to_all"}
     ),
 }
+
+
+def missing_on(mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """The baselines that the mesh's platform lacks, with the reason."""
+    platform = mesh.devices.flat[0].platform
+    return {
+        name: baseline.missing_on[platform]
+        for name, baseline in BASELINES.items()
+        if platform in baseline.missing_on
+    }

@@ -81,13 +81,13 @@ def run(settings: ExchangeSettings) -> list[report.Record]:
         def make_inputs(repeat: int) -> tuple[jax.Array, ...]:
             return (draws.tokens(), *draws.routed(repeat), draws.tokens())
 
-        seconds, failed = measure.time_interleaved(candidates, make_inputs, repeats=settings.repeats)
+        measured, failed = measure.time_interleaved(candidates, make_inputs, repeats=settings.repeats)
         environment = measure.environment(mesh)
     copy_speed = measure.copy_bytes_per_s(mesh.local_devices[0])
 
     common = {"benchmark": "exchange", "backend": group.backend, "capacity": capacity} | settings.record()
     records = []
-    for (implementation, op), times in seconds.items():
+    for (implementation, op), times in measured.items():
         wire = wire_bytes(
             implementation, settings, mesh.size, draws.rows_that_cross, pads.get(implementation, 0)
         )
@@ -99,12 +99,10 @@ def run(settings: ExchangeSettings) -> list[report.Record]:
             | {
                 "implementation": implementation,
                 "op": op,
-                "median_ms": 1e3 * measure.median(times),
-                "min_ms": 1e3 * min(times),
-                "p90_ms": 1e3 * measure.percentile(times, 90),
                 "logical_bytes": scale * len(halves) * draws.rows * settings.row_bytes,
                 "wire_bytes": scale * sum(wire[half] for half in halves),
             }
+            | times.record()
             | environment
         )
     least = job_bytes(settings, mesh.size)
@@ -119,13 +117,7 @@ def run(settings: ExchangeSettings) -> list[report.Record]:
         }
         | environment
     )
-    missing = {
-        name: reason
-        for name, baseline in baselines.BASELINES.items()
-        for platform, reason in baseline.missing_on.items()
-        if settings.baselines and platform == mesh.devices.flat[0].platform
-    }
-    _show(settings, records, missing | {f"{name}, {op}": why for (name, op), why in failed.items()})
+    _show(settings, records, baselines.missing_on(mesh) if settings.baselines else {}, failed)
     return records
 
 
@@ -235,13 +227,15 @@ def baseline_candidates(
     }
 
 
-def _show(settings: ExchangeSettings, records: list[report.Record], missing: dict[str, str]) -> None:
+def _show(
+    settings: ExchangeSettings, records: list[report.Record], missing: dict[str, str], failed: dict[Key, str]
+) -> None:
     if records[0]["process"] != 0:
         return
     library = {record["op"]: record["median_ms"] for record in records if record["implementation"] == LIBRARY}
-    *measured, copy = records
+    *timed, copy = records
     rows: list[list[Any]] = []
-    for record in measured:
+    for record in timed:
         op, time_ms = record["op"], record["median_ms"]
         logical, wire = record["logical_bytes"], record["wire_bytes"]
         rows.append(
@@ -249,21 +243,23 @@ def _show(settings: ExchangeSettings, records: list[report.Record], missing: dic
                 f"{record['implementation']}: {op}",
                 time_ms,
                 record["min_ms"],
+                record["cpu_ms"],
                 logical / 1e6 if logical else None,
                 wire / 1e6 if wire else None,
                 logical / time_ms / 1e6 if logical else None,
                 time_ms / library[op] if record["implementation"] != LIBRARY and op in library else None,
             ]
         )
-    rows += [[f"{name}: {reason}"] + [None] * 6 for name, reason in missing.items()]
+    rows += [[text] + [None] * 7 for text in report.reasons(missing, failed)]
     best = [
         record["median_ms"]
-        for record in measured
+        for record in timed
         if record["implementation"] != LIBRARY and record["op"] == ALL
     ]
     ours = library["dispatch + combine"]
     notes = [
-        "Whole jitted call until every rank's outputs are ready; median and minimum over repeats with fresh data.",
+        "Whole jitted call until every rank's outputs are ready; median and minimum over repeats with fresh data; "
+        "CPU: median over all threads.",
         f"Floor: dispatch + combine read and write {copy['job_bytes'] / 1e6:,.0f} MB at the least, "
         f"{copy['median_ms']:.1f} ms at the {copy['copy_bytes_per_s'] / 1e9:.1f} GB/s (read + written) of one core's "
         f"memcpy; dispatch + combine took {ours / copy['median_ms']:.2f} times that."
@@ -275,16 +271,12 @@ def _show(settings: ExchangeSettings, records: list[report.Record], missing: dic
             f"Best baseline, index arithmetic included: {min(best) / library[ALL]:.1f} times {LIBRARY}'s {ALL}."
         )
     report.print_table(
-        f"exchange: {copy['ranks']} x {copy['device_kind']}, {settings.tokens} tokens a rank, hidden "
-        f"{settings.hidden}, top-{settings.top_k} of {settings.experts}, {settings.dtype}, {copy['routing']}, "
-        f"capacity {copy['capacity']} rows, backend {copy['backend']}",
-        ["", "median ms", "min ms", "logical MB", "wire MB", "logical GB/s", f"x {LIBRARY}"],
+        f"exchange: {report.sizes(copy)}",
+        ["", "median ms", "min ms", "CPU ms", "logical MB", "wire MB", "logical GB/s", f"x {LIBRARY}"],
         rows,
         notes,
     )
-    if settings.output.json:
-        report.write_json_lines(records, settings.output.json)
+    report.write_json_lines(records, settings.output.json)
     if settings.output.plot:
-        bars = {f"{r['implementation']}: {r['op']}": r["median_ms"] for r in measured}
-        title = f"{copy['ranks']} x {copy['device_kind']}, {settings.tokens} tokens a rank, {copy['routing']}"
-        report.plot_bars(settings.output.plot, title, "median time, ms", bars)
+        bars = {f"{record['implementation']}: {record['op']}": record["median_ms"] for record in timed}
+        report.plot_bars(settings.output.plot, report.sizes(copy), "median time, ms", bars)

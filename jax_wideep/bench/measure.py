@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_wideep.group import Backend, use_cpu_devices
+
+Key = TypeVar("Key", bound=Hashable)  # names a candidate
 
 AXIS = "expert"
 DEFAULT_CPU_DEVICES = 8
@@ -83,13 +85,36 @@ class Candidate:
     prepare: Callable[..., tuple[Any, ...]] = lambda *inputs: inputs
 
 
+@dataclasses.dataclass
+class Times:
+    """Seconds of each timed call of a candidate.
+
+    Attributes:
+      wall: from the call until all outputs are ready.
+      cpu: processor time of this process meanwhile, over all threads. On a machine that does other work as
+        well it says more than the wall time; on an accelerator, little.
+    """
+
+    wall: list[float] = dataclasses.field(default_factory=list)
+    cpu: list[float] = dataclasses.field(default_factory=list)
+
+    def record(self) -> dict[str, float]:
+        """Milliseconds, for a JSON line."""
+        return {
+            "median_ms": 1e3 * median(self.wall),
+            "min_ms": 1e3 * min(self.wall),
+            "p90_ms": 1e3 * percentile(self.wall, 90),
+            "cpu_ms": 1e3 * median(self.cpu),
+        }
+
+
 def time_interleaved(
-    candidates: dict[str, Candidate],
+    candidates: dict[Key, Candidate],
     make_inputs: Callable[[int], tuple[Any, ...]],
     *,
     repeats: int,
     warmup: int = 1,
-) -> tuple[dict[str, list[float]], dict[str, str]]:
+) -> tuple[dict[Key, Times], dict[Key, str]]:
     """Times every candidate once per repeat, in an order that changes from repeat to repeat.
 
     Args:
@@ -99,10 +124,10 @@ def time_interleaved(
       warmup: calls before them, which compile.
 
     Returns:
-      Seconds of each repeat by candidate; and for candidates that failed, the first line of the error.
+      Times by candidate; and for candidates that failed, the first line of the error.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    failed: dict[str, str] = {}
+    measured: dict[Key, Times] = {name: Times() for name in candidates}
+    failed: dict[Key, str] = {}
     for repeat in range(-warmup, repeats):
         inputs = jax.block_until_ready(make_inputs(repeat + warmup))
         names = list(candidates)
@@ -113,16 +138,17 @@ def time_interleaved(
             candidate = candidates[name]
             try:
                 args = jax.block_until_ready(candidate.prepare(*inputs))
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 outputs = jax.block_until_ready(candidate.run(*args))
-                elapsed = time.perf_counter() - start
+                wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
             except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
                 failed[name] = str(error).splitlines()[0]
                 continue
             del outputs, args  # before the next one allocates
             if repeat >= 0:
-                seconds[name].append(elapsed)
-    return {name: times for name, times in seconds.items() if name not in failed}, failed
+                measured[name].wall.append(wall)
+                measured[name].cpu.append(cpu)
+    return {name: times for name, times in measured.items() if name not in failed}, failed
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

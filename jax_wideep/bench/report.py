@@ -12,7 +12,9 @@ Record = dict[str, Any]
 
 
 def write_json_lines(records: Sequence[Record], path: str) -> None:
-    """One object per line, to a file, or to stdout for "-"."""
+    """One object per line, to a file, or to stdout for "-"; nowhere for ""."""
+    if not path:
+        return
     text = "".join(
         json.dumps({name: _rounded(value) for name, value in record.items()}) + "\n" for record in records
     )
@@ -53,6 +55,21 @@ def format_value(value: Any) -> str:
     return str(value)
 
 
+def sizes(record: Record) -> str:
+    """Where and on what a record was measured, for a title."""
+    return (
+        f"{record['ranks']} x {record['device_kind']}, {record['tokens']} tokens a rank, hidden {record['hidden']}, "
+        f"top-{record['top_k']} of {record['experts']}, {record['dtype']}, {record['routing']}, capacity "
+        f"{record['capacity']} rows, backend {record['backend']}"
+    )
+
+
+def reasons(missing: dict[str, str], failed: dict[tuple[str, str], str]) -> list[str]:
+    """One line for each candidate without a time."""
+    lines = [f"{name}: {reason}" for name, reason in missing.items()]
+    return lines + [f"{name}, {op}: {reason}" for (name, op), reason in failed.items()]
+
+
 def _axes(title: str) -> tuple[Any, Any]:
     import matplotlib
 
@@ -60,7 +77,7 @@ def _axes(title: str) -> tuple[Any, Any]:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=9, wrap=True)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
