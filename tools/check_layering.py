@@ -15,8 +15,9 @@ from collections.abc import Iterator
 
 # The package's modules, lowest first. A module may import those before it, and its own submodules.
 PYTHON_LAYERS = (
-    "_types", "_ffi", "group", "_check", "quantize", "reference", "plan", "exchange", "low_latency",
-    "_grouped_matmul_loop", "grouped_matmul", "_swiglu", "routing", "placement", "moe", "flax", "bench",
+    "_types", "_ffi", "_bootstrap", "_peer_transport", "group", "_check", "quantize", "reference", "plan",
+    "exchange", "low_latency", "_grouped_matmul_loop", "grouped_matmul", "_swiglu", "routing", "placement",
+    "moe", "flax", "bench",
 )  # fmt: skip
 
 # What only some modules may import.

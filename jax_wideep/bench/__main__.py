@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Union
+from typing import Annotated, Any, Union
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,8 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Annotated[kind, tyro.conf.subcommand(name, description=module.__doc__)]
         for name, (kind, module) in benchmarks.items()
     )
+    choice: Any = Union[subcommands]  # noqa: UP007
     settings = tyro.cli(
-        Union[subcommands],  # noqa: UP007
+        choice,
         prog="python -m jax_wideep.bench",
         description=__doc__,
         args=arguments,

@@ -134,7 +134,8 @@ def library_candidates(group: wep.ExpertGroup, capacity: int) -> dict[Key, Candi
         return wep.combine(y, row_weights, plan, zero_tail=False)
 
     def there_and_back(x, weights, plan):
-        return combine(*dispatch(x, weights, plan), plan)
+        rows, row_weights = dispatch(x, weights, plan)
+        return combine(rows, row_weights, plan)
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         """Plans, rows and VJPs pass from call to call with a leading axis of ranks."""
@@ -143,8 +144,12 @@ def library_candidates(group: wep.ExpertGroup, capacity: int) -> dict[Key, Candi
     planned = wrap(make_plan)
     dispatched = wrap(dispatch)
     pulls = {
-        "dispatch": wrap(lambda x, weights, plan: jax.vjp(lambda *a: dispatch(*a, plan), x, weights)[1]),
-        "combine": wrap(lambda y, weights, plan: jax.vjp(lambda *a: combine(*a, plan), y, weights)[1]),
+        "dispatch": wrap(
+            lambda x, weights, plan: jax.vjp(lambda x, weights: dispatch(x, weights, plan), x, weights)[1]
+        ),
+        "combine": wrap(
+            lambda y, weights, plan: jax.vjp(lambda y, weights: combine(y, weights, plan), y, weights)[1]
+        ),
     }
     pulled = wrap(lambda pull, cotangents: pull(cotangents))
 
@@ -202,7 +207,12 @@ def baseline_variants(
     """
     platform = group.mesh.devices.flat[0].platform
     sizes = baselines.no_drop_setting(
-        group.axis, group.num_ranks, settings.experts, settings.tokens, settings.top_k, capacity=capacity
+        tuple(group.axis),
+        group.num_ranks,
+        settings.experts,
+        settings.tokens,
+        settings.top_k,
+        capacity=capacity,
     )
     variants = {}
     for name, baseline in baselines.BASELINES.items():
@@ -252,9 +262,7 @@ def _show(
         )
     rows += [[text] + [None] * 7 for text in report.reasons(missing, failed)]
     best = [
-        record["median_ms"]
-        for record in timed
-        if record["implementation"] != LIBRARY and record["op"] == ALL
+        record["median_ms"] for record in timed if record["implementation"] != LIBRARY and record["op"] == ALL
     ]
     ours = library["dispatch + combine"]
     notes = [
