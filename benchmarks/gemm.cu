@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "csrc/gemm/grouped_matmul.h"
+#include "csrc/gemm/swiglu.h"
 #include "tests/gpu/gemm_testing.h"
 
 using namespace gemm_testing;
@@ -164,6 +165,38 @@ void Measure(const Shape& shape) {
   }
 }
 
+/// The experts' SwiGLU on 32768 rows, in a buffer of just these and in one of 8 times as many.
+void MeasureSwiglu() {
+  constexpr int64_t kRows = 32768, kFfn = 1536;
+  for (const int64_t capacity : {kRows, 8 * kRows}) {
+    const DeviceBytes group_sizes = ToDevice(std::vector<int32_t>(128, kRows / 128));
+    const DeviceBytes hidden(capacity * 2 * kFfn * 2), dout(capacity * kFfn * 2);
+    const DeviceBytes out(capacity * kFfn * 2), dhidden(capacity * 2 * kFfn * 2);
+    FillNormal(hidden.as<__nv_bfloat16>(), capacity * 2 * kFfn, 1, 1.0f);
+    FillNormal(dout.as<__nv_bfloat16>(), capacity * kFfn, 2, 1.0f);
+    wideep::SwigluParams p;
+    p.groups = {group_sizes.as<int32_t>(), 128, capacity, 0};
+    p.ffn = kFfn;
+    p.hidden = hidden.as<void>();
+    p.out = out.as<void>();
+    wideep::SwigluGradParams grad;
+    grad.groups = p.groups;
+    grad.ffn = kFfn;
+    grad.hidden = p.hidden;
+    grad.dout = dout.as<void>();
+    grad.dhidden = dhidden.as<void>();
+    const auto print = [&](const char* product, double us, int64_t arrays) {
+      std::printf(
+          "{\"program\": \"wideep\", \"product\": \"%s\", \"rows\": %ld, \"capacity\": %ld, "
+          "\"ffn\": %ld, \"us\": %.1f, \"gb_per_s\": %.0f}\n",
+          product, kRows, capacity, kFfn, us, 2e-3 * arrays * kRows * kFfn / us);
+    };
+    print("swiglu", MedianMicroseconds([&](int) { Require(wideep::LaunchSwiglu(p, nullptr)); }), 3);
+    print("swiglu grad",
+          MedianMicroseconds([&](int) { Require(wideep::LaunchSwigluGrad(grad, nullptr)); }), 5);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -194,5 +227,6 @@ int main(int argc, char** argv) {
               {32768, 2048, 1536, 16, false, 0, false, true}};
   }
   for (const Shape& shape : shapes) Measure(shape);
+  MeasureSwiglu();
   return 0;
 }

@@ -12,7 +12,8 @@
 #   peers     benchmarks/gemm_peers.py
 #   jax       benchmarks/gemm_jax.py
 #
-# Default: test sanitize pytest layer, at most 8 minutes, usually 3. LAYER: further arguments of layer_gpu.py.
+# Default: test sanitize pytest layer, at most 8 minutes. LAYER, BENCH: arguments of
+# layer_gpu.py and gemm.cu.
 set -u -o pipefail
 cd "$(dirname "$0")/../.."
 BUILD_DIR=${BUILD_DIR:-build/gpu}
@@ -61,7 +62,7 @@ for name in ${@:-test sanitize pytest layer}; do
         step 150 pytest python3 -m pytest -q -m gpu tests/gpu/test_grouped_matmul_gpu.py \
         --durations=5 -p no:cacheprovider ;;
     layer) step 150 layer python3 benchmarks/layer_gpu.py ${LAYER:-} ;;
-    bench) step 120 bench "$BUILD_DIR/gemm_benchmark" ;;
+    bench) step 120 bench "$BUILD_DIR/gemm_benchmark" ${BENCH:-} ;;
     peers) step 150 peers python3 benchmarks/gemm_peers.py ;;
     jax) step 200 jax python3 benchmarks/gemm_jax.py --ragged-dot ;;
     *) echo "unknown step $name"; exit 2 ;;
