@@ -13,20 +13,6 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
-# sources.bzl's lists of CUDA sources -> CMake variables of the same names.
-function(read_source_list list_name)
-  if(NOT WIDEEP_SOURCE_LISTS MATCHES "\n${list_name} = \\[([^]]*)\\]")
-    message(FATAL_ERROR "sources.bzl has no list ${list_name}")
-  endif()
-  string(REGEX MATCHALL "\"[^\"]+\"" quoted_paths "${CMAKE_MATCH_1}")
-  string(REPLACE "\"" "" paths "${quoted_paths}")
-  set(${list_name} "${paths}" PARENT_SCOPE)
-endfunction()
-
-file(GLOB cuda_parts CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/*_cuda.cmake)
-foreach(part IN LISTS cuda_parts)
-  include(${part})
-endforeach()
 include(${CMAKE_CURRENT_LIST_DIR}/gemm.cmake)
 include(${CMAKE_CURRENT_LIST_DIR}/exchange.cmake)
 
