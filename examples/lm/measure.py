@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,9 +15,12 @@ from jax.sharding import PartitionSpec
 
 import jax_wideep as wep
 from jax_wideep.bench import baselines
+from jax_wideep.bench.measure import Candidate, time_interleaved
 from jax_wideep.flax.transformer import Block, Transformer
 from jax_wideep.moe import activate
 from lm.training import LossWeights, put_batch, train_step
+
+_REPEATS = 8
 
 
 class LayerInputs(NamedTuple):
@@ -73,14 +76,18 @@ def step_parts(
     Changes the model: it takes training steps. tokens [batch, seq + 1].
     """
     batch = put_batch(model, tokens)
-    step_s = median_seconds(lambda: train_step(model, optimizer, batch, weights))
-    seconds = {"attention": 0.0, "routing": 0.0, "exchange": 0.0, "experts": 0.0}
-    parts = _part_functions(model, tokens.shape[0] * (tokens.shape[1] - 1) // model.group.num_ranks)
-    for layer in layer_inputs(model, tokens[:, :-1]):
-        for name, arguments in parts["arguments"](layer).items():
-            seconds[name] += median_seconds(parts[name], *arguments)
-    rest = max(0.0, step_s - sum(seconds.values()))
-    return seconds | {"rest": rest, "step": step_s}
+    functions, arguments = _parts(model, tokens.shape[0] * (tokens.shape[1] - 1) // model.group.num_ranks)
+    calls = {("step", 0): lambda: train_step(model, optimizer, batch, weights)}
+    for index, layer in enumerate(layer_inputs(model, tokens[:, :-1])):
+        for name, of_part in arguments(layer).items():
+            # Copies, since a training step takes the model's own arrays away.
+            of_part = jax.tree.map(jnp.copy, of_part)
+            calls[name, index] = functools.partial(functions[name], *of_part)
+    seconds = dict.fromkeys((*functions, "rest", "step"), 0.0)
+    for (name, _), median in _median_seconds(calls).items():
+        seconds[name] += median
+    seconds["rest"] = max(0.0, seconds["step"] - sum(seconds[name] for name in functions))
+    return seconds
 
 
 def exchange_alternatives(model: Transformer, layer: LayerInputs) -> dict[str, tuple[float, float]]:
@@ -100,38 +107,39 @@ def exchange_alternatives(model: Transformer, layer: LayerInputs) -> dict[str, t
             baseline, x, topk_idx, topk_weights, lambda rows, group_sizes: rows, setting
         )
 
-    methods = {"jax_wideep": ours}
-    for name, baseline in baselines.BASELINES.items():
-        if jax.default_backend() not in baseline.missing_on:
-            methods[name] = theirs(baseline)
+    missing = baselines.missing_on(group.mesh)
+    methods = {"jax_wideep": ours} | {
+        name: theirs(baseline) for name, baseline in baselines.BASELINES.items() if name not in missing
+    }
     arguments = (layer.tokens, layer.topk_idx, layer.topk_weights)
-    found, want = {}, None
+    calls, want = {}, None
     for name, method in methods.items():
         run = _on_ranks(model, method)
         out = np.asarray(run(*arguments))
         want = out if want is None else want
         np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5, err_msg=name)
-        gradient = _gradient(run, (0, 2))
-        found[name] = (median_seconds(run, *arguments), median_seconds(gradient, *arguments))
-    return found
+        calls[name, "forward"] = functools.partial(run, *arguments)
+        calls[name, "both"] = functools.partial(_gradient(run, (0, 2)), *arguments)
+    seconds = _median_seconds(calls)
+    return {name: (seconds[name, "forward"], seconds[name, "both"]) for name in methods}
 
 
-def median_seconds(function: Callable[..., Any], *arguments: Any, repeats: int = 8) -> float:
-    """Median time of a call that is waited for, after one that is not counted."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def _median_seconds(calls: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
+    """The median time of each call, all run in turn so that they share the machine's ups and downs."""
+    candidates = {name: Candidate(call) for name, call in calls.items()}
+    seconds, failed = time_interleaved(candidates, lambda repeat: (), repeats=_REPEATS)
+    if failed:
+        raise RuntimeError(f"measure: {failed}")
+    return {name: statistics.median(times.wall) for name, times in seconds.items()}
 
 
 # ---- the parts ----
 
 
-def _part_functions(model: Transformer, tokens_per_rank: int) -> dict[str, Any]:
-    """A compiled gradient function per part, and `arguments`, which takes them from a layer's inputs."""
+def _parts(
+    model: Transformer, tokens_per_rank: int
+) -> tuple[dict[str, Callable[..., Any]], Callable[[LayerInputs], dict[str, tuple[Any, ...]]]]:
+    """A compiled gradient function per part, and what takes their arguments from a layer's inputs."""
     group, config = model.group, model.config
     capacity = None
     if config.capacity_factor is not None:
@@ -165,13 +173,13 @@ def _part_functions(model: Transformer, tokens_per_rank: int) -> dict[str, Any]:
             "experts": (rows, group_sizes, moe.wi[...], moe.wo[...]),
         }
 
-    return {
+    functions = {
         "attention": _gradient(attention, (0, 1)),
-        "routing": _gradient(lambda kernel, x: _route(model)(kernel, x), (0, 1)),
+        "routing": _gradient(_route(model), (0, 1)),
         "exchange": _gradient(_on_ranks(model, exchange), (0, 2)),
         "experts": _gradient(_on_ranks(model, experts), (0, 2, 3)),
-        "arguments": arguments,
     }
+    return functions, arguments
 
 
 def _exchange(x, topk_idx, topk_weights, group, capacity):
@@ -214,4 +222,4 @@ def _gradient(function: Callable[..., Any], argnums: tuple[int, ...]) -> Callabl
         leaves = jax.tree.leaves(function(*arguments))
         return sum(0.5 * jnp.vdot(leaf, leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
 
-    return jax.jit(jax.grad(half_squares, argnums=argnums, allow_int=True))
+    return jax.jit(jax.grad(half_squares, argnums=argnums))
