@@ -51,7 +51,7 @@ def flat(*arrays):
 def test_any_routing(data):
     num_ranks = data.draw(st.sampled_from([1, 3, 8]), "ranks")
     num_experts = num_ranks * data.draw(st.integers(1, 3), "local experts")
-    top_k = data.draw(st.integers(1, min(8, num_experts)), "top_k")
+    top_k = data.draw(st.integers(1, min(16, num_experts)), "top_k")
     chunk = data.draw(st.integers(1, 6), "chunk")
     tokens = data.draw(st.integers(1, chunk), "tokens")
     dtype = data.draw(st.sampled_from([jnp.float32, jnp.float16, jnp.bfloat16]), "dtype")
@@ -124,6 +124,51 @@ def test_gradients(make_group, backend, dtype, fp8):
     )
     size = np.abs(sent.astype(np.float64) * cot64).sum(axis=2).max()
     np.testing.assert_allclose(dweights, want_dw.reshape(dweights.shape), rtol=8 * eps, atol=eps * size)
+
+
+def test_no_tokens_at_all(make_group, backend):
+    group = make_group(4, num_experts=4, top_k=1, hidden=128, chunk=2, backend=backend)
+
+    def body(x, weights, topk_idx, scale):
+        recv = wep.ll_dispatch(x, topk_idx, group)
+        return recv.counts, wep.ll_combine(recv.rows * scale, weights, recv)
+
+    none = np.zeros((0, 128), np.float32), np.zeros((0, 1), np.float32), np.zeros((0, 1), np.int32)
+    counts, out = oracle.on_ranks(group, body)(*none, np.ones(4, np.float32))
+    assert out.shape == (0, 128)
+    np.testing.assert_array_equal(counts, 0)
+
+
+def test_rows_past_the_counts(make_group, backend):
+    """Zero in values and gradients; where they are unspecified, no result shows what they hold, even NaN."""
+    group = make_group(4, num_experts=8, top_k=2, hidden=16, chunk=5, backend=backend)
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(4, 5, 16)).astype(np.float32)
+    weights = rng.normal(size=(4, 5, 2)).astype(np.float32)
+    topk_idx = oracle.random_topk(rng, 4, 5, 8, 2, masked=0.3)
+
+    def run(zero_tail):
+        def body(x, weights, topk_idx):
+            def home(x, weights):
+                recv = wep.ll_dispatch(x, topk_idx, group, quantize=None, zero_tail=zero_tail)
+                past = jnp.arange(4 * 5)[None, :] >= recv.counts[:, None]
+                rows = recv.rows if zero_tail else jnp.where(past[..., None], jnp.nan, recv.rows)
+                return jnp.sum(jnp.sin(wep.ll_combine(rows, weights, recv, zero_tail=zero_tail))), (
+                    recv,
+                    past,
+                )
+
+            grads, (recv, past) = jax.grad(home, argnums=(0, 1), has_aux=True)(x, weights)
+            pullback = jax.vjp(lambda y: wep.ll_combine(y, weights, recv, zero_tail=zero_tail), recv.rows)[1]
+            return grads, recv.rows, pullback(jnp.ones_like(x))[0], past
+
+        return jax.tree.map(np.asarray, oracle.on_ranks(group, body)(*flat(x, weights, topk_idx)))
+
+    grads, rows, drows, past = run(True)
+    assert past.any() and not rows[past].any() and not drows[past].any() and drows[~past].all()
+    dirty_grads = run(False)[0]
+    jax.tree.map(np.testing.assert_array_equal, grads, dirty_grads)
+    assert all(np.isfinite(grad).all() for grad in grads)
 
 
 def test_rows_left_in_fp8(make_group, backend):

@@ -241,36 +241,47 @@ ROWS, EXPERT_HIDDEN, OUTPUT, PLAN = wep.CHECKPOINT_NAMES
     [
         # How often the forward and the backward pass together plan, dispatch and combine.
         (None, (1, 1, 1)),  # no checkpoint
-        ((), (2, 2, 1)),  # nothing is saved; the output is not needed again
-        ((PLAN,), (1, 2, 1)),
-        ((PLAN, ROWS), (1, 1, 1)),
-        ((ROWS, EXPERT_HIDDEN, OUTPUT, PLAN), (1, 1, 1)),
+        ((), (2, 2, 2)),  # nothing is saved
+        ((PLAN,), (1, 2, 2)),
+        ((PLAN, ROWS), (1, 1, 2)),
+        ((PLAN, ROWS, OUTPUT), (1, 1, 1)),
+        ((PLAN, ROWS, OUTPUT, EXPERT_HIDDEN), (1, 1, 1)),
     ],
 )
 def test_checkpoint_policies_by_name(groups, names, runs):
-    group = groups["cpu"]
+    traced, floats = checkpointed_step(groups["cpu"], names)
+    assert tuple(count(traced.jaxpr.jaxpr, op) for op in EXPERT_OPS) == runs
+    plain, _ = checkpointed_step(groups["cpu"], None)
+    got, want = (step.lower().compile()(*floats) for step in (traced, plain))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_saved_expert_hidden_is_not_multiplied_again(groups):
+    without, having = (
+        count(checkpointed_step(groups["cpu"], names)[0].jaxpr.jaxpr, "dot_general")
+        for names in ((PLAN, ROWS, OUTPUT), (PLAN, ROWS, OUTPUT, EXPERT_HIDDEN))
+    )
+    assert having < without
+
+
+def checkpointed_step(group, names):
+    """value_and_grad of a layer that saves `names` (None: without jax.checkpoint), traced, and its arguments."""
     x, weights, _, topk_idx = inputs()
     rng = np.random.default_rng(2)
     wi = jnp.asarray(rng.normal(size=(EXPERTS, HIDDEN, 16)) / 12, jnp.float32)
     wo = jnp.asarray(rng.normal(size=(EXPERTS, 8, HIDDEN)) / 3, jnp.float32)
 
     def layer(x, weights, wi, wo, topk_idx):
-        return wep.moe_ffn(x, topk_idx, weights, wi, wo, group)[0]
+        return jnp.sin(wep.moe_ffn(x, topk_idx, weights, wi, wo, group)[0])
 
-    def loss(layer, x, weights, wi, wo):
-        out = spread(group, layer)(x, weights, wi, wo, topk_idx)
-        return jnp.sum(jnp.sin(out))
-
-    saved = layer
     if names is not None:
-        policy = jax.checkpoint_policies.save_only_these_names(*names)
-        saved = jax.checkpoint(layer, policy=policy)
-    step = jax.value_and_grad(functools.partial(loss, saved), argnums=(0, 1, 2, 3))
-    traced = jax.jit(step).trace(x, weights, wi, wo)
-    assert tuple(count(traced.jaxpr.jaxpr, op) for op in EXPERT_OPS) == runs
-    plain = jax.jit(jax.value_and_grad(functools.partial(loss, layer), argnums=(0, 1, 2, 3)))
-    got = traced.lower().compile()(x, weights, wi, wo)
-    jax.tree.map(np.testing.assert_array_equal, got, plain(x, weights, wi, wo))
+        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*names))
+
+    def loss(x, weights, wi, wo):
+        return jnp.sum(spread(group, layer)(x, weights, wi, wo, topk_idx))
+
+    step = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))
+    return jax.jit(step).trace(x, weights, wi, wo), (x, weights, wi, wo)
 
 
 def test_checkpoint_of_the_ops(group, mode):
