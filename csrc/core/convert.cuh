@@ -63,4 +63,15 @@ __device__ __forceinline__ uint32_t PackFp8(float a, float b, float c, float d) 
   return low | high << 16;
 }
 
+/// Four float8_e4m3fn values of one word; exact.
+__device__ __forceinline__ void UnpackFp8(uint32_t word, float* values) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const auto pair = static_cast<__nv_fp8x2_storage_t>(word >> 16 * i);
+    const float2 both = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
+    values[2 * i] = both.x;
+    values[2 * i + 1] = both.y;
+  }
+}
+
 }  // namespace wideep

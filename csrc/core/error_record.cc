@@ -83,6 +83,13 @@ std::string Describe(const ErrorRecord& record, double deadline_s, int top_k) {
       if (values_known) text << ": " << record.got << " rows, capacity " << record.expected;
       text << ". Raise capacity, leave it None (no drops), or use overflow='drop'";
       break;
+    case Failure::kForeignRows:
+      text << "recv does not belong to this call on rank " << record.reporter;
+      if (values_known) {
+        text << ": it holds " << got << ", expected [0, " << record.expected << ")";
+      }
+      text << ". Pass what ll_dispatch returned for these tokens";
+      break;
     case Failure::kDeadline:
     case Failure::kNone:
       text << "rank " << record.reporter << " waited longer than the deadline of " << deadline_s

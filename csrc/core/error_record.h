@@ -44,6 +44,7 @@ enum class Failure : uint32_t {
   kIndexRange,      // topk_idx out of range: `got` at selection `expected`
   kRepeatedExpert,  // an expert twice in a token: `got` at selection `expected`
   kOverflow,        // rows above the capacity: `got` wanted, `expected` the capacity
+  kForeignRows,     // recv of another call: row_source or counts hold `got`, not below `expected`
 };
 
 struct ErrorRecord {

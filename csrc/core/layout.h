@@ -15,10 +15,11 @@
 //   ring_head      [dst][channel] by rank dst: tokens taken out of this rank's ring at dst
 //   ring_taken     [src][channel] its own rank: tokens it took out so far
 //   ring_slots     [src][channel][slot] by rank src: the tokens
+//   low_latency    see LowLatencyLayout
 //
 // Flags and epochs only ever count up (modulo 2^32), so nothing is cleared between calls and a
-// captured graph replays correctly. No rank starts an op before all ranks have finished the one
-// before (see exchange_protocol.cuh), so one copy of each part is enough.
+// captured graph replays correctly. In the throughput shape no rank starts an op before all ranks
+// have finished the one before (see exchange_protocol.cuh), so one copy of each part is enough.
 #pragma once
 
 #include <cstddef>
@@ -36,8 +37,8 @@ constexpr int kMaxRegions = 8;
 constexpr int kMaxPublished = 2;
 /// Tokens that a ring holds: how far a sender may run ahead.
 constexpr int kRingSlots = 4;
-/// Most selections of a token in the kernels: one lane each.
-constexpr int kMaxKernelTopK = 32;
+/// Most selections of a token in the kernels: a lane each, beside the lanes of kArrivalWindow.
+constexpr int kMaxKernelTopK = 24;
 
 /// A piece of a rank's memory and where this rank sees it.
 struct MappedRegion {
@@ -89,7 +90,9 @@ struct Control {
   uint32_t barrier_arrived;     // blocks at the barrier of the current launch
   uint32_t barrier_generation;  // barriers passed
   uint32_t failed;              // 1 once this rank has written its error record
-  uint32_t pad[27];
+  uint32_t ll_sent[2];          // low-latency calls of each LowLatencyKind sent
+  uint32_t ll_blocks_done[4];   // as blocks_done, for the send and receive halves of each kind
+  uint32_t pad[21];
   uint32_t abort;  // an AbortWord, or 0; by any rank
   uint32_t pad_to_line[31];
 };
@@ -120,6 +123,102 @@ struct ArenaConfig {
   int top_k;
   int64_t max_row_bytes;  // of a row in a ring
   int num_sms;            // blocks of an exchange kernel
+  /// Most tokens of a rank in a low-latency call; 0: the group makes none.
+  int64_t chunk = 0;
+  /// Low-latency dispatch sends a token once to each rank that hosts experts of it, or once to each
+  /// of its experts.
+  bool once_per_rank = true;
+};
+
+/// The two numberings of low-latency calls, and their buffers.
+enum class LowLatencyKind { kDispatch, kCombine };
+
+/// Most pieces of a row that warps send and receive apart, each with its own flag.
+constexpr int kMaxPieces = 8;
+
+/// What the low-latency kernels use of an arena; offsets in bytes from its start. Who writes what:
+///
+///   done            [kind][buffer][src] by rank src: its last call of this kind and buffer is over
+///   and for each of the two buffers, all with the epoch of the call inside:
+///   expert_counts   [local expert][src] by rank src: rows it sends to the expert
+///   token_counts    [src] by rank src: tokens that it sends, under once_per_rank
+///   arrival_flags   [slot][piece] by rank src: the piece is there, and in how many rows it goes
+///   arrival_rows    [slot] by rank src: a token as it travels
+///   arrival_entries [slot][piece][i] by rank src, vouched for by the flag: an ArrivalEntry
+///   home_flags      [selection][piece] by the expert's rank: the piece is there
+///   home_rows       [selection] by the expert's rank: a row of expert output
+///   home_dots       [selection][piece] by the expert's rank: combine's gradient
+///
+/// A slot is src * chunk + i for token i from rank src under once_per_rank; otherwise
+/// (local expert * num_ranks + src) * chunk + i for its row i to that expert. A selection is
+/// token * top_k + k.
+struct LowLatencyLayout {
+  int64_t done = 0;
+  int64_t buffers = 0;
+  int64_t buffer_bytes = 0;
+  // From the start of a buffer:
+  int64_t expert_counts = 0;
+  int64_t token_counts = 0;
+  int64_t arrival_flags = 0;
+  int64_t arrival_entries = 0;
+  int64_t arrival_rows = 0;
+  int64_t home_flags = 0;
+  int64_t home_dots = 0;
+  int64_t home_rows = 0;
+
+  int64_t row_stride = 0;
+  int64_t chunk = 0;
+  int32_t top_k = 0;
+  int32_t entries_per_slot = 0;
+  bool once_per_rank = true;
+
+  LowLatencyLayout() = default;
+  /// Begins at `begin` and ends at `end()`.
+  constexpr LowLatencyLayout(const ArenaConfig& config, int64_t begin) {
+    const int64_t ranks = config.num_ranks;
+    const int64_t local_experts = config.num_experts / ranks;
+    chunk = config.chunk;
+    top_k = config.top_k;
+    once_per_rank = config.once_per_rank;
+    entries_per_slot = once_per_rank ? top_k : 1;
+    row_stride = (config.max_row_bytes + 127) / 128 * 128;
+    const int64_t slots = ranks * chunk * (once_per_rank ? 1 : local_experts);
+    const int64_t selections = chunk * top_k;
+    int64_t at = 0;
+    const auto take = [&at](int64_t bytes) {
+      const int64_t offset = at;
+      at = (at + bytes + 127) / 128 * 128;
+      return offset;
+    };
+    expert_counts = take(ranks * local_experts * 8);
+    token_counts = take(ranks * 8);
+    arrival_flags = take(slots * kMaxPieces * 8);
+    arrival_entries = take(slots * kMaxPieces * entries_per_slot * 16);
+    arrival_rows = take(slots * row_stride);
+    home_flags = take(selections * kMaxPieces * 4);
+    home_dots = take(selections * kMaxPieces * 8);
+    home_rows = take(selections * row_stride);
+    buffer_bytes = chunk > 0 ? at : 0;
+    done = begin;
+    buffers = begin + (2 * 2 * ranks * 4 + 127) / 128 * 128;
+  }
+  WIDEEP_HOST_DEVICE constexpr int64_t end() const { return buffers + 2 * buffer_bytes; }
+
+  WIDEEP_HOST_DEVICE constexpr int64_t Buffer(uint32_t epoch) const {
+    return buffers + (epoch & 1) * buffer_bytes;
+  }
+  WIDEEP_HOST_DEVICE constexpr int64_t Done(LowLatencyKind kind, uint32_t epoch,
+                                            int num_ranks) const {
+    return done + (static_cast<int>(kind) * 2 + static_cast<int>(epoch & 1)) * num_ranks * 4;
+  }
+};
+
+/// Where a row of an arriving token goes.
+struct ArrivalEntry {
+  int32_t place;      // local expert * chunk + its place among the source's rows of that expert
+  int32_t selection;  // token * top_k + k at its home
+  float weight;       // combine's gradient only
+  int32_t pad;
 };
 
 /// Channels: each is one ring per pair of ranks, with a warp at its sending end, and carries a
@@ -147,6 +246,7 @@ struct ArenaLayout {
   int64_t ring_head;
   int64_t ring_taken;
   int64_t ring_slots;
+  LowLatencyLayout low_latency;
   int64_t num_bytes;
 
   int32_t num_ranks;
@@ -191,7 +291,8 @@ struct ArenaLayout {
     ring_head = take(rings * 4);
     ring_taken = take(rings * 4);
     ring_slots = take(rings * kRingSlots * max_slot_bytes);
-    num_bytes = at;
+    low_latency = LowLatencyLayout(config, at);
+    num_bytes = low_latency.end();
   }
 
   WIDEEP_HOST_DEVICE int64_t RingIndex(int peer, int channel) const {

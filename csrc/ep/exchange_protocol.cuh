@@ -24,10 +24,16 @@ namespace wideep {
 class Exchange {
  public:
   __device__ Exchange(const PeerContext& peers, ExchangeOp op)
+      : Exchange(peers, op,
+                 ptx::ld_relaxed_gpu_u32(
+                     &reinterpret_cast<Control*>(peers.arena + ArenaLayout::kControl)->epoch) +
+                     1) {}
+  /// With an epoch of its own, for ops that use neither Begin nor Finish.
+  __device__ Exchange(const PeerContext& peers, ExchangeOp op, uint32_t epoch)
       : peers_(peers),
         control_(reinterpret_cast<Control*>(peers.arena + ArenaLayout::kControl)),
         table_(reinterpret_cast<const PeerTable*>(peers.arena + peers.layout.peer_table)),
-        epoch_(ptx::ld_relaxed_gpu_u32(&control_->epoch) + 1),
+        epoch_(epoch),
         op_(op) {}
 
   __device__ int rank() const { return peers_.rank; }

@@ -1,0 +1,217 @@
+// What every low-latency kernel does around its own work. Nobody asks and nobody waits for another
+// rank to be ready: a sender knows every address by a formula (LowLatencyLayout), and a receiver
+// waits for the data only.
+//
+// Calls of a kind (dispatch with combine's gradient; combine) are numbered on each rank: the epoch.
+// All ranks make the same calls in the same order, so their epochs agree. Every flag carries the
+// epoch of its call, so nothing is cleared and a captured graph replays correctly.
+//
+//   dispatch  who writes: the source's warps. Counts first: each is one word with its epoch, it
+//             says how much comes and vouches for nothing else. Then pieces of rows, each with a
+//             flag of its own, so that a warp of the receiver waits for its own piece only.
+//   combine   who writes: the expert's rank, each row to the slot of its selection at the token's
+//             home, again with a flag for each piece. The home knows from topk_idx which selections
+//             have a row.
+//
+// Memory order. A piece: stores of the warp's lanes, warp barrier, release of its flag at system
+// scope by a lane; acquire of the flag by a lane there, warp barrier, loads.
+//
+// Two buffers for each kind are enough, whatever the order of the halves. Call e writes the buffer
+// that call e - 2 used. Its sender first waits until every rank, itself too, has said `done` with
+// e - 2: written when all blocks of that receive half have read what came (block barrier,
+// acquire-release count of blocks, release by the last block; acquire by the sender). A rank says
+// so whether or not it was sent anything. That wait is for a call before the last: a rank that runs
+// ahead has no more to do than to read R words, and it cannot close a circle, because on every
+// rank the receive half of e - 2 comes before the send half of e (two calls under way at most). In
+// one stream of whole calls it is always over: the rank has received call e - 1 from every peer,
+// which each sent after it was done with e - 2. Ops of the throughput shape and of the other kind
+// use other memory and may come in between.
+#pragma once
+
+#include "csrc/ep/exchange_protocol.cuh"
+#include "csrc/ep/low_latency.h"
+
+namespace wideep {
+
+/// The part of a row's `num_units` units that is piece `piece`.
+struct PieceRange {
+  int begin;
+  int end;
+};
+__device__ __forceinline__ PieceRange RangeOfPiece(int num_units, int piece, int pieces) {
+  return {num_units * piece / pieces, num_units * (piece + 1) / pieces};
+}
+
+/// Block barriers of a call at which its threads agree whether to go on.
+constexpr int kMaxMeetings = 6;
+
+struct LowLatencyBase {
+  char* arena[kMaxRanks];
+  uint32_t failed[kMaxMeetings];  // 1: a thread gave up before that meeting
+  uint32_t last_block;            // 1 in the block that ends the call
+};
+
+/// One thread's view of a low-latency call.
+class LowLatencyCall {
+ public:
+  /// `ticket` null: the next call of the kind.
+  __device__ LowLatencyCall(const PeerContext& peers, ExchangeOp op, LowLatencyKind kind,
+                            LowLatencyPart part, uint32_t* ticket, LowLatencyBase& shared)
+      : kind_(kind),
+        part_(part),
+        ticket_(ticket),
+        shared_(shared),
+        layout_(peers.layout.low_latency),
+        epoch_(part == LowLatencyPart::kReceive
+                   ? *ticket
+                   : ptx::ld_relaxed_gpu_u32(&ControlOf(peers)->ll_sent[Index(kind)]) + 1),
+        exchange_(peers, op, epoch_) {}
+
+  __device__ Exchange& exchange() { return exchange_; }
+  __device__ const LowLatencyLayout& layout() const { return layout_; }
+  __device__ uint32_t epoch() const { return epoch_; }
+  __device__ int rank() const { return exchange_.rank(); }
+  __device__ int num_ranks() const { return exchange_.num_ranks(); }
+  __device__ bool sends() const { return part_ != LowLatencyPart::kReceive; }
+  __device__ bool receives() const { return part_ != LowLatencyPart::kSend; }
+
+  /// This call's buffer of a rank's arena; after Begin.
+  __device__ char* Buffer(int rank) const { return shared_.arena[rank] + layout_.Buffer(epoch_); }
+  template <typename T>
+  __device__ T* In(int rank, int64_t offset) const {
+    return reinterpret_cast<T*>(Buffer(rank) + offset);
+  }
+
+  /// Begins: all threads of the block, which then Meet.
+  __device__ void Begin() {
+    if (threadIdx.x >= 32) return;
+    const int peer = threadIdx.x;
+    bool ok = true;
+    if (peer < num_ranks()) {
+      shared_.arena[peer] = exchange_.arena(peer);
+      if (sends()) ok = WaitUntilDone(peer);
+    }
+    // A rank gave up, now or in a call before: counters of this rank may be anywhere.
+    if (peer == 0 && exchange_.Aborted()) ok = false;
+    ok = __all_sync(~0u, ok);
+    if (peer < kMaxMeetings) shared_.failed[peer] = peer == 0 && !ok;
+  }
+
+  /// Block barrier. False if a thread of the block gave up before it, or before an earlier one.
+  __device__ bool Meet() {
+    __syncthreads();
+    if (shared_.failed[meeting_++] != 0) ok_ = false;
+    return ok_;
+  }
+  /// What every thread of the block knows since it last met.
+  __device__ bool ok() const { return ok_; }
+  /// Lets the block know at its next meeting.
+  __device__ void GiveUp() { atomicOr(&shared_.failed[meeting_], 1u); }
+
+  /// Ends the call: all threads of all blocks.
+  __device__ void Finish() {
+    if (!Meet()) return;  // the group stays where it is: later calls end at once
+    Control* const control = exchange_.control();
+    uint32_t* const blocks_done =
+        &control->ll_blocks_done[2 * Index(kind_) + (part_ == LowLatencyPart::kReceive)];
+    if (gridDim.x > 1) {
+      if (threadIdx.x == 0) {
+        // Acquire-release: what every block read and wrote comes before what the last one says.
+        shared_.last_block = ptx::atom_add_acq_rel_gpu_u32(blocks_done, 1) == gridDim.x - 1;
+      }
+      __syncthreads();
+      if (shared_.last_block == 0) return;
+    }
+    const int peer = threadIdx.x;
+    if (receives() && peer < num_ranks()) {
+      ptx::st_release_sys_u32(&Done(peer)[rank()], epoch_);
+    }
+    if (threadIdx.x == 0) {
+      *blocks_done = 0;
+      if (sends()) {
+        control->ll_sent[Index(kind_)] = epoch_;
+        if (ticket_ != nullptr) *ticket_ = epoch_;
+      }
+    }
+  }
+
+ private:
+  static __device__ Control* ControlOf(const PeerContext& peers) {
+    return reinterpret_cast<Control*>(peers.arena + ArenaLayout::kControl);
+  }
+  static __device__ constexpr int Index(LowLatencyKind kind) { return static_cast<int>(kind); }
+
+  __device__ uint32_t* Done(int rank) const {
+    return reinterpret_cast<uint32_t*>(shared_.arena[rank] +
+                                       layout_.Done(kind_, epoch_, num_ranks()));
+  }
+
+  __device__ bool WaitUntilDone(int peer) {
+    const auto* done = reinterpret_cast<const uint32_t*>(exchange_.arena() +
+                                                         layout_.Done(kind_, epoch_, num_ranks()));
+    // Acquire: the peer has read what its buffer held.
+    return exchange_.Wait(
+        [&] {
+          return static_cast<int32_t>(ptx::ld_acquire_sys_u32(&done[peer]) - (epoch_ - 2)) >= 0;
+        },
+        Phase::kDone, peer);
+  }
+
+  const LowLatencyKind kind_;
+  const LowLatencyPart part_;
+  uint32_t* const ticket_;
+  LowLatencyBase& shared_;
+  const LowLatencyLayout& layout_;
+  const uint32_t epoch_;
+  int meeting_ = 0;
+  bool ok_ = true;
+  Exchange exchange_;
+};
+
+/// Where the parts of a list begin: `begin` holds num_parts counts and gets their exclusive sums,
+/// and the total at begin[num_parts]. One warp.
+__device__ inline void SumCounts(int32_t* begin, int num_parts) {
+  const int lane = threadIdx.x % 32;
+  int32_t before = 0;
+  for (int first = 0; first < num_parts; first += 32) {
+    const int i = first + lane;
+    const int32_t count = i < num_parts ? begin[i] : 0;
+    int32_t sum = count;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int32_t other = __shfl_up_sync(~0u, sum, step);
+      if (lane >= step) sum += other;
+    }
+    if (i < num_parts) begin[i] = before + sum - count;
+    before += __shfl_sync(~0u, sum, 31);
+  }
+  if (lane == 0) begin[num_parts] = before;
+}
+
+/// The part that holds `item`: begin[part] <= item < begin[part + 1].
+__device__ inline int PartOf(const int32_t* begin, int num_parts, int32_t item) {
+  int low = 0;
+  int high = num_parts;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (begin[middle] <= item) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+/// Calls visit(item) for this warp's share of `num_items`; neighbours go to different blocks. Stops
+/// when it returns false.
+template <typename Visit>
+__device__ __forceinline__ void ForEachItem(int32_t num_items, Visit visit) {
+  const int32_t num_warps = gridDim.x * kWarpsPerBlock;
+  for (int32_t item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < num_items;
+       item += num_warps) {
+    if (!visit(item)) return;
+  }
+}
+
+}  // namespace wideep
