@@ -19,6 +19,7 @@ HOST_HEADERS = [
     "csrc/core/dtype.h",
     "csrc/core/elastic_threads.h",
     "csrc/core/float_env.h",
+    "csrc/core/host_device.h",
     "csrc/core/pages.h",
     "csrc/core/status.h",
     "csrc/core/worker_pool.h",

@@ -1,4 +1,5 @@
-"""Check that nothing imports or includes what lies above it (docs/design.md, "The house").
+"""Check that nothing imports or includes what lies above it (docs/design.md, "The house"), and that sources.bzl
+lists all sources and headers.
 
     python tools/check_layering.py [root]
 
@@ -37,7 +38,7 @@ CPP_SUFFIXES = {".cc", ".h", ".cu", ".cuh"}
 
 def main() -> int:
     root = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).parent.parent)
-    breaches = [*python_breaches(root / "jax_wideep"), *cpp_breaches(root)]
+    breaches = [*python_breaches(root / "jax_wideep"), *cpp_breaches(root), *source_list_breaches(root)]
     print(*breaches, sep="\n", end="\n" if breaches else "")
     return 1 if breaches else 0
 
@@ -101,6 +102,28 @@ def cpp_breaches(root: pathlib.Path) -> Iterator[str]:
                 yield f"{path}: csrc/{folder} may not include {included}, which lies above it"
     for path in sorted((root / "xla_ffi").rglob("*.cu*")):
         yield f"{path}: kernels live in csrc; nvcc never sees the FFI headers"
+
+
+def source_list_breaches(root: pathlib.Path) -> Iterator[str]:
+    """CMake finds headers by itself, Bazel only those that sources.bzl lists."""
+    lists: dict[str, list[str]] = {}
+    exec((root / "sources.bzl").read_text(), lists)  # lists of strings, which are Python as well
+    listed = {path for name, paths in lists.items() if name.isupper() for path in paths}
+    there = {
+        str(path.relative_to(root))
+        for folder in ("csrc", "xla_ffi")
+        for path in (root / folder).rglob("*")
+        if path.suffix in CPP_SUFFIXES
+    }
+    for path in sorted(there - listed):
+        yield f"{path}: not in sources.bzl"
+    for path in sorted(path for path in listed - there if not path.startswith("tests/")):
+        yield f"sources.bzl: {path} is not there"
+    host = {*lists["HOST_SOURCES"], *lists["HOST_HEADERS"], *lists["ROW_KERNEL_SOURCE"]}
+    for path in sorted(host & there):
+        for included in INCLUDE.findall((root / path).read_text()):
+            if included.startswith("csrc/") and included not in host:
+                yield f"{path}: includes {included}, which is not in HOST_HEADERS of sources.bzl"
 
 
 if __name__ == "__main__":
