@@ -152,3 +152,43 @@ CUDA_FFI_HEADERS = [
     "xla_ffi/cuda/row_groups.h",
     "xla_ffi/ffi_util.h",
 ]
+
+# The emulator of CUDA kernels on the CPU.
+SIMT_SOURCES = [
+    "tests/simt/access_hooks.cc",
+    "tests/simt/barriers.cc",
+    "tests/simt/context.cc",
+    "tests/simt/copies.cc",
+    "tests/simt/flags.cc",
+    "tests/simt/memory.cc",
+    "tests/simt/order.cc",
+    "tests/simt/scheduler.cc",
+]
+
+SIMT_HEADERS = [
+    "tests/simt/context.h",
+    "tests/simt/device.h",
+    "tests/simt/kernel_api.h",
+    "tests/simt/order.h",
+    "tests/simt/override/csrc/core/launch.cuh",
+    "tests/simt/override/csrc/core/ptx.h",
+    "tests/simt/override/cuda_bf16.h",
+    "tests/simt/override/cuda_fp16.h",
+    "tests/simt/override/cuda_fp8.h",
+    "tests/simt/override/cuda_runtime.h",
+    "tests/simt/override/cuda_runtime_api.h",
+    "tests/simt/override/number_conversion.h",
+    "tests/simt/runtime.h",
+    "tests/simt/simt_machine.h",
+    "tests/simt/site.h",
+    "tests/simt/toy_kernels.cuh",
+]
+
+# Kernels that are tested in it.
+SIMT_KERNEL_SOURCES = [
+    "csrc/core/error_record.cc",
+]
+
+SIMT_TESTS = [
+    "tests/simt/simt_test.cc",
+]
