@@ -21,6 +21,7 @@ import numpy as np
 from jax._src import config as _jax_config
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
+from jax._src import distributed as _distributed
 from jax._src import xla_bridge as _xla_bridge
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
@@ -73,6 +74,11 @@ def gpu_compute_capability() -> str | None:
 def backend_started() -> bool:
     """Whether JAX has made a backend, after which NPROC and the number of CPU devices are fixed."""
     return bool(_xla_bridge.backends_are_initialized())
+
+
+def coordination_client() -> Any:
+    """The client of JAX's coordination service; None unless jax.distributed.initialize was called."""
+    return _distributed.global_state.client
 
 
 def cpu_thread_limit_applies() -> bool:
@@ -146,11 +152,27 @@ Spec = tuple[tuple[int, ...], Any]  # (shape, dtype)
 Attrs = dict[str, Callable[[Any], Any]]  # keyword parameter -> the C type it goes out as
 
 
-def _exchange_primitive(name: str, outputs: Callable[..., list[Spec]], attrs: Attrs) -> Primitive:
-    """A primitive in which every rank of a group takes part; arguments as in _custom_call_primitive."""
+def _exchange_primitive(
+    name: str,
+    outputs: Callable[..., list[Spec]],
+    attrs: Attrs,
+    *,
+    cpu_operands: slice = slice(None),
+    cuda_operands: slice = slice(None),
+    cuda_attrs: Attrs | None = None,
+) -> Primitive:
+    """A primitive in which every rank of a group takes part; arguments as in _custom_call_primitive.
+
+    A backend's handler takes the operands of its slice. `cuda_attrs` are those that only CUDA's handler takes
+    beside `attrs`; None: there is no such handler.
+    """
     primitive = _custom_call_primitive(name, outputs)
     primitive.def_impl(functools.partial(_not_eager, name))
-    mlir.register_lowering(primitive, _custom_call(name, attrs, has_side_effect=True), platform="cpu")
+    lower = _custom_call(name, attrs, has_side_effect=True, taken=cpu_operands)
+    mlir.register_lowering(primitive, lower, platform="cpu")
+    if cuda_attrs is not None:
+        lower = _custom_call(name, attrs | cuda_attrs, has_side_effect=True, taken=cuda_operands)
+        mlir.register_lowering(primitive, lower, platform="cuda")
     return primitive
 
 
@@ -175,16 +197,19 @@ def _kernel_primitive(name: str, outputs: Callable[..., list[Spec]], attrs: Attr
     return primitive
 
 
-def _custom_call(name: str, attrs: Attrs, has_side_effect: bool) -> Callable[..., Any]:
+def _custom_call(
+    name: str, attrs: Attrs, has_side_effect: bool, taken: slice = slice(None)
+) -> Callable[..., Any]:
     """The lowering rule to the custom call `wideep_<name>`.
 
-    `attrs` are the keyword parameters that the handler takes as attributes, with their C type. Parameters that
-    are not listed only serve the shape rule.
+    `attrs` are the keyword parameters that the handler takes as attributes, with their C type, and `taken` the
+    operands that it takes. Parameters that are not listed only serve the shape rule, or another backend.
     """
     lower = jax.ffi.ffi_lowering(f"wideep_{name}", has_side_effect=has_side_effect)
 
     def _lowering(ctx: Any, *operands: Any, **params: Any) -> Any:
-        return lower(ctx, *operands, **{key: c_type(params[key]) for key, c_type in attrs.items()})
+        ctx = ctx.replace(avals_in=ctx.avals_in[taken])
+        return lower(ctx, *operands[taken], **{key: c_type(params[key]) for key, c_type in attrs.items()})
 
     return _lowering
 
@@ -296,13 +321,32 @@ _GROUP: Attrs = {"group": np.int64}
 _TAIL: Attrs = {"zero_tail": np.bool_}
 _LL: Attrs = {"num_experts": np.int64, "chunk": np.int64}
 
+# C++'s DispatchForm and CombineForm.
+_DISPATCH_FORMS = ("push", "pull")
+_COMBINE_FORMS = ("pull", "push")
+_DISPATCH_FORM: Attrs = {"form": lambda form: np.int32(_DISPATCH_FORMS.index(form))}
+_COMBINE_FORM: Attrs = {"form": lambda form: np.int32(_COMBINE_FORMS.index(form))}
+
+# Of the plan's arrays, which are the last six operands (_plan_operands), the CPU takes only the first.
 _plan_p = _exchange_primitive(
-    "plan", _plan_outputs, _GROUP | {"num_experts": np.int64, "overflow_is_error": np.bool_}
+    "plan",
+    _plan_outputs,
+    _GROUP | {"num_experts": np.int64, "overflow_is_error": np.bool_},
+    cuda_operands=slice(1, None),
+    cuda_attrs={},
 )
-_dispatch_p = _exchange_primitive("dispatch", _dispatch_outputs, _GROUP | _TAIL)
-_dispatch_grad_p = _exchange_primitive("dispatch_grad", _dispatch_grad_outputs, _GROUP)
-_combine_p = _exchange_primitive("combine", _combine_outputs, _GROUP)
-_combine_grad_p = _exchange_primitive("combine_grad", _combine_grad_outputs, _GROUP | _TAIL)
+_dispatch_p = _exchange_primitive(
+    "dispatch", _dispatch_outputs, _GROUP | _TAIL, cpu_operands=slice(5), cuda_attrs=_DISPATCH_FORM
+)
+_dispatch_grad_p = _exchange_primitive(
+    "dispatch_grad", _dispatch_grad_outputs, _GROUP, cpu_operands=slice(4), cuda_attrs=_COMBINE_FORM
+)
+_combine_p = _exchange_primitive(
+    "combine", _combine_outputs, _GROUP, cpu_operands=slice(4), cuda_attrs=_COMBINE_FORM
+)
+_combine_grad_p = _exchange_primitive(
+    "combine_grad", _combine_grad_outputs, _GROUP | _TAIL, cpu_operands=slice(6), cuda_attrs={}
+)
 _quantize_p = _exchange_primitive("quantize", _quantize_outputs, {})
 _ll_dispatch_p = _exchange_primitive("ll_dispatch", _ll_dispatch_outputs, _GROUP | _LL | _TAIL)
 _ll_combine_p = _exchange_primitive("ll_combine", _ll_combine_outputs, _GROUP | _LL)
@@ -331,6 +375,10 @@ def _grouped_matmul_weight_grad_outputs(
     return [((num_groups, rows.shape[-1], dout.shape[-1]), out_dtype), _workspace_spec(num_groups)]
 
 
+def _quantize_rows_outputs(x: Any) -> list[Spec]:
+    return [((x.shape[0], wire_row_bytes(x.shape[1])), jnp.uint8)]
+
+
 def _swiglu_outputs(hidden: Any, group_sizes: Any) -> list[Spec]:
     return [((*hidden.shape[:-1], hidden.shape[-1] // 2), hidden.dtype)]
 
@@ -345,6 +393,7 @@ _grouped_matmul_p = _kernel_primitive(
 _grouped_matmul_weight_grad_p = _kernel_primitive(
     "grouped_matmul_weight_grad", _grouped_matmul_weight_grad_outputs, {}
 )
+_quantize_rows_p = _kernel_primitive("quantize_rows", _quantize_rows_outputs, {})
 _swiglu_p = _kernel_primitive("swiglu", _swiglu_outputs, {})
 _swiglu_grad_p = _kernel_primitive("swiglu_grad", _swiglu_grad_outputs, {})
 
@@ -390,28 +439,54 @@ def plan(topk_idx, group, capacity, overflow_is_error):
     )
 
 
+def _plan_operands(plan):
+    return [
+        plan.dest_rank,
+        plan.dest_row,
+        plan.num_rows,
+        plan.row_source,
+        plan.arrival_rows,
+        plan.rows_per_source,
+    ]
+
+
 def dispatch(x, weights, plan, zero_tail):
-    operands = vary([x, weights, plan.dest_rank, plan.dest_row, plan.num_rows])
-    return _dispatch_p.bind(*operands, group=plan.group.handle, capacity=plan.capacity, zero_tail=zero_tail)
+    return _dispatch_p.bind(
+        *vary([x, weights, *_plan_operands(plan)]),
+        group=plan.group.handle,
+        capacity=plan.capacity,
+        zero_tail=zero_tail,
+        form=plan.group.dispatch_form,
+    )
 
 
 def dispatch_grad(drows, drow_weights, plan):
-    operands = vary([drows, drow_weights, plan.dest_rank, plan.dest_row])
-    return _dispatch_grad_p.bind(*operands, group=plan.group.handle)
+    operands = vary([drows, drow_weights, *_plan_operands(plan)])
+    return _dispatch_grad_p.bind(*operands, group=plan.group.handle, form=plan.group.combine_form)
 
 
 def combine(y, row_weights, plan):
-    operands = vary([y, row_weights, plan.dest_rank, plan.dest_row])
-    return _combine_p.bind(*operands, group=plan.group.handle)[0]
+    operands = vary([y, row_weights, *_plan_operands(plan)])
+    return _combine_p.bind(*operands, group=plan.group.handle, form=plan.group.combine_form)[0]
 
 
 def combine_grad(dout, y, row_weights, plan, zero_tail):
-    operands = vary([dout, y, row_weights, plan.dest_rank, plan.dest_row, plan.num_rows])
+    operands = vary([dout, y, row_weights, *_plan_operands(plan)])
     return _combine_grad_p.bind(*operands, group=plan.group.handle, zero_tail=zero_tail)
 
 
 def quantize(x):
     return _quantize_p.bind(x)
+
+
+def wire_row_bytes(hidden):
+    """Bytes of a row on the FP8 wire: values, then a float32 scale for 128 of them, then zeros up to 16 bytes."""
+    return (hidden + hidden // 128 * 4 + 15) // 16 * 16
+
+
+def quantize_rows(x):
+    """FP8 rows as they travel (wire_row_bytes) on CUDA; uint8."""
+    return _quantize_rows_p.bind(x)[0]
 
 
 def ll_dispatch(payload, scales, topk_idx, group, rows_dtype, zero_tail):

@@ -7,13 +7,20 @@ follow the plan of the forward pass, so nothing is routed twice.
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jax_wideep import _check, _ffi
 from jax_wideep._types import Float, Float32
+from jax_wideep.group import ExpertGroup
 from jax_wideep.plan import DispatchPlan, backend_of
+from jax_wideep.quantize import QUANT_BLOCK
+from jax_wideep.quantize import dequantize as dequantize_rows
+
+Quantize = Literal["fp8"] | None
+QuantizedRows = tuple[jax.Array, Float32[jax.Array, "capacity blocks"]]
 
 
 def dispatch(
@@ -21,8 +28,10 @@ def dispatch(
     topk_weights: Float[jax.Array, "tokens k"],
     plan: DispatchPlan,
     *,
+    quantize: Quantize = None,
+    dequantize: bool = True,
     zero_tail: bool = True,
-) -> tuple[Float[jax.Array, "capacity hidden"], Float32[jax.Array, " capacity"]]:
+) -> tuple[Float[jax.Array, "capacity hidden"] | QuantizedRows, Float32[jax.Array, " capacity"]]:
     """Brings each token to the ranks that host its experts, in expert order.
 
     Called inside `jax.shard_map` over the plan's group, by all ranks.
@@ -31,10 +40,15 @@ def dispatch(
       x: tokens of this rank; bfloat16, float16 or float32.
       topk_weights: gate weights; used as float32. NaN and infinities travel like any other value.
       plan: from `make_plan`.
+      quantize: "fp8" halves the bytes sent: float8_e4m3fn with one float32 scale per 128 values (see
+        `jax_wideep.quantize`); hidden must be a multiple of 128. The gradient is straight-through: x's cotangent
+        is the sum of its rows', as without quantisation.
+      dequantize: rows arrive in x's dtype. False leaves them FP8, with their scales (not differentiable).
       zero_tail: rows past `plan.num_rows` are zero; otherwise they are unspecified, which saves writing them.
 
     Returns:
-      rows: received tokens, packed by expert as `plan.group_sizes` counts them, in x's dtype.
+      rows: received tokens, packed by expert as `plan.group_sizes` counts them, in x's dtype; with
+        dequantize=False a pair of values [capacity, hidden] float8_e4m3fn and scales [capacity, hidden / 128].
       row_weights: the gate weight of each row.
 
     Raises:
@@ -45,8 +59,18 @@ def dispatch(
     _check_plan(op, plan)
     _check.rows(op, "x", x, (plan.num_tokens, plan.group.hidden))
     _check.gate_weights(op, "topk_weights", topk_weights, (plan.num_tokens, plan.top_k))
+    if quantize not in ("fp8", None):
+        raise ValueError(f"{op}: quantize: expected 'fp8' or None, got {quantize!r}")
+    if quantize == "fp8" and plan.group.hidden % QUANT_BLOCK:
+        raise ValueError(
+            f"{op}: quantize: 'fp8' expects hidden to be a multiple of {QUANT_BLOCK}, got {plan.group.hidden}; use "
+            "quantize=None"
+        )
     x, topk_weights, _ = _ffi.vary([x, topk_weights, plan.dest_row], plan.group.axis)
-    return _dispatch(x, topk_weights.astype(jnp.float32), plan, zero_tail)
+    topk_weights = topk_weights.astype(jnp.float32)
+    if quantize is None:
+        return _dispatch(x, topk_weights, plan, zero_tail)
+    return _dispatch_fp8(x, topk_weights, plan, dequantize, zero_tail)
 
 
 def combine(
@@ -110,6 +134,53 @@ def _dispatch_bwd(zero_tail, plan, cotangents):
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _dispatch_fp8(x, topk_weights, plan, dequantize, zero_tail):
+    wire_rows, row_weights = backend_of(plan.group).dispatch(
+        _to_wire(x, plan.group), topk_weights, plan, zero_tail
+    )
+    q, scales = _from_wire(wire_rows, x.shape[1])
+    return (dequantize_rows(q, scales, x.dtype) if dequantize else (q, scales)), row_weights
+
+
+def _dispatch_fp8_fwd(x, topk_weights, plan, dequantize, zero_tail):
+    if not dequantize:
+        raise ValueError(
+            "dispatch: rows left in FP8 (dequantize=False) have no gradient; use dequantize=True where you "
+            "differentiate"
+        )
+    return _dispatch_fp8(x, topk_weights, plan, dequantize, zero_tail), plan
+
+
+def _dispatch_fp8_bwd(dequantize, zero_tail, plan, cotangents):
+    return _dispatch_bwd(zero_tail, plan, cotangents)
+
+
+_dispatch_fp8.defvjp(_dispatch_fp8_fwd, _dispatch_fp8_bwd)
+
+
+def _to_wire(x: jax.Array, group: ExpertGroup) -> jax.Array:
+    """Rows as they travel: FP8 values, then their scales, then zeros up to 16 bytes; uint8."""
+    if group.backend == "cuda":
+        return _ffi.quantize_rows(x)
+    q, scales = backend_of(group).quantize(x)
+    tokens, hidden = x.shape
+    parts = [_bytes_of(q), _bytes_of(scales).reshape(tokens, hidden // QUANT_BLOCK * 4)]
+    spare = _ffi.wire_row_bytes(hidden) - sum(part.shape[1] for part in parts)
+    return jnp.pad(jnp.concatenate(parts, axis=1), ((0, 0), (0, spare)))
+
+
+def _from_wire(wire_rows: jax.Array, hidden: int) -> QuantizedRows:
+    rows, blocks = wire_rows.shape[0], hidden // QUANT_BLOCK
+    q = jax.lax.bitcast_convert_type(wire_rows[:, :hidden], jnp.float8_e4m3fn)
+    scales = wire_rows[:, hidden : hidden + 4 * blocks].reshape(rows, blocks, 4)
+    return q, jax.lax.bitcast_convert_type(scales, jnp.float32)
+
+
+def _bytes_of(array: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(array, jnp.uint8)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -12,12 +12,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jax_wideep import _ffi
+from jax_wideep import _ffi, _peer_transport
+from jax_wideep._peer_transport import CombineForm, DispatchForm
 
 # Thirty years; the clock counts nanoseconds in 64 bits.
 _LONGEST_DEADLINE_S = 1e9
 
 Backend = Literal["auto", "cuda", "cpu", "xla"]
+ZeroCopy = Literal["auto", "off"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +44,22 @@ class ExpertGroup:
         devices where it is built, otherwise "xla". After construction: the one chosen.
       chunk: most tokens per rank and call in the low-latency shape.
       deadline_s: seconds after which a rank that has not come is reported as missing.
+      num_sms: on the backend "cuda": SMs that an exchange uses on each rank; even, at least 2. None: 16, or as
+        many as fit where ranks share a GPU. After construction: the number chosen.
+      zero_copy: on the backend "cuda": "auto" moves rows between XLA's own buffers where peers can map them;
+        "off" sends everything through fixed-size rings, with the same results.
+      dispatch_form: on the backend "cuda": "push" has senders write every row to its place, "pull" has receivers
+        read each token once and copy it to all its rows there. The results are the same bits. "auto": push where
+        ranks share a GPU, or where a token's experts are mostly on different ranks (top_k at most 1.25 times the
+        ranks that a token reaches in the mean, R * (1 - (1 - 1/R) ** top_k)); otherwise pull, which sends least.
+      combine_form: likewise: "pull" has home ranks read and sum every row; "push" has the experts' ranks sum first
+        and send one row per token and rank, which rounds those partial sums to the rows' dtype. "auto": pull where
+        dispatch_form's rule says push, otherwise push.
+
+    The backend "cuda" needs GPUs of compute capability 9.0 on one host, at most 16 ranks, and peers that reach
+    each other's memory. It maps the allocation that JAX's buffers come from, so leave JAX's memory preallocated
+    (XLA_PYTHON_CLIENT_PREALLOCATE): buffers elsewhere travel through the rings. Making such a group is collective:
+    all processes of the mesh make the same groups in the same order.
 
     Raises:
       ValueError: naming the argument, what was expected and what to do.
@@ -55,7 +73,13 @@ class ExpertGroup:
     backend: Backend = dataclasses.field(default="auto", kw_only=True)
     chunk: int = dataclasses.field(default=128, kw_only=True)
     deadline_s: float = dataclasses.field(default=30.0, kw_only=True)
-    _transport: _CpuTransport | _NoTransport = dataclasses.field(init=False, repr=False)
+    num_sms: int | None = dataclasses.field(default=None, kw_only=True)
+    zero_copy: ZeroCopy = dataclasses.field(default="auto", kw_only=True)
+    dispatch_form: DispatchForm = dataclasses.field(default="auto", kw_only=True)
+    combine_form: CombineForm = dataclasses.field(default="auto", kw_only=True)
+    _transport: _CpuTransport | _peer_transport.PeerTransport | _NoTransport = dataclasses.field(
+        init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         axis = (self.axis,) if isinstance(self.axis, str) else tuple(self.axis)
@@ -71,12 +95,15 @@ class ExpertGroup:
                 "pass mesh=jax.make_mesh(...)"
             )
         _check_settings(self, mesh, axis)
-        backend = _choose_backend(self.backend, mesh)
         set_field = object.__setattr__
         set_field(self, "mesh", mesh)
         set_field(self, "axis", axis)
+        backend, transport = _open_transport(self)
         set_field(self, "backend", backend)
-        set_field(self, "_transport", _open_transport(self) if backend == "cpu" else _NoTransport())
+        set_field(self, "_transport", transport)
+        if isinstance(transport, _peer_transport.PeerTransport):
+            for name in ("num_sms", "dispatch_form", "combine_form"):
+                set_field(self, name, getattr(transport, name))
         # A group that is dropped without close() frees its transport all the same.
         set_field(self, "_finalizer", weakref.finalize(self, self._transport.close))
 
@@ -98,9 +125,26 @@ class ExpertGroup:
     def close(self) -> None:
         """Frees the transport. Exchanges that have not run yet fail, and so does every later one.
 
-        JAX runs asynchronously: wait for results (`jax.block_until_ready`) before closing.
+        JAX runs asynchronously: wait for results (`jax.block_until_ready`) before closing. On the backend "cuda" it
+        waits for this process's GPUs; do not call what was compiled for the group afterwards, since a captured
+        command buffer replays without asking whether the group is open.
         """
         self._transport.close()
+
+    def check(self) -> None:
+        """Raises the error of a rank that gave up, on every rank; on the backend "cuda" only.
+
+        A kernel cannot raise: when a rank waits past the deadline, all ranks end the exchange with unspecified
+        results, and the next exchange on the group raises. Where there may be no next one, or exchanges are replayed
+        from a command buffer, call this once the results are ready (`jax.block_until_ready`). A group that failed
+        stays so: close it and make a new one.
+
+        Raises:
+          jax.errors.JaxRuntimeError: naming the op, the rank that gave up and the one it waited for.
+        """
+        error = self._transport.error()
+        if error is not None:
+            raise jax.errors.JaxRuntimeError(error)
 
     @property
     def closed(self) -> bool:
@@ -185,6 +229,9 @@ class _NoTransport:
     def __init__(self) -> None:
         self.closed = False
 
+    def error(self) -> str | None:
+        return None
+
     def close(self) -> None:
         self.closed = True
 
@@ -197,21 +244,49 @@ class _CpuTransport:
         self.handle: int = module.open_group(num_ranks, deadline_s, places)
         self.closed = False
 
+    def error(self) -> str | None:
+        return None  # exchanges report their errors themselves
+
     def close(self) -> None:
         if not self.closed:
             self.closed = True
             self._module.close_group(self.handle)
 
 
-def _open_transport(group: ExpertGroup) -> _CpuTransport:
-    """Tells the compiled backend which rank of which subgroup every device of the mesh is."""
+def _open_transport(
+    group: ExpertGroup,
+) -> tuple[Backend, _CpuTransport | _peer_transport.PeerTransport | _NoTransport]:
+    """The backend for the group's mesh and what it owns there."""
+    backend = _choose_backend(group.backend, group.mesh)
+    devices = _devices_by_rank(group)
+    if backend == "cpu":
+        # Which rank of which subgroup every device of the mesh is.
+        places = [(device.id, subgroup, rank) for (rank, subgroup), device in np.ndenumerate(devices)]
+        return backend, _CpuTransport(_ffi.cpu_module(), group.num_ranks, group.deadline_s, places)
+    if backend != "cuda":
+        return backend, _NoTransport()
+    names = [
+        field.name for field in dataclasses.fields(_peer_transport.PeerSettings) if field.name != "devices"
+    ]
+    settings = {name: getattr(group, name) for name in names}
+    try:
+        return backend, _peer_transport.connect(_peer_transport.PeerSettings(devices=devices, **settings))
+    except _peer_transport.UnavailableError as error:
+        if group.backend == "cuda":
+            raise ValueError(
+                f"ExpertGroup: backend: 'cuda' cannot run on this mesh: {error}; use backend='auto' or 'xla'"
+            ) from error
+        warnings.warn(
+            f"jax_wideep: GPUs exchange through JAX collectives (backend='xla'), since {error}", stacklevel=4
+        )
+    return "xla", _NoTransport()
+
+
+def _devices_by_rank(group: ExpertGroup) -> np.ndarray:
+    """The mesh's devices, [ranks, groups side by side]."""
     mesh, axis = group.mesh, group.axis
     positions = [mesh.axis_names.index(name) for name in axis]
-    by_rank = np.moveaxis(mesh.devices, positions, range(len(positions))).reshape(group.num_ranks, -1)
-    places = [
-        (device.id, subgroup, rank) for rank, row in enumerate(by_rank) for subgroup, device in enumerate(row)
-    ]
-    return _CpuTransport(_ffi.cpu_module(), group.num_ranks, group.deadline_s, places)
+    return np.moveaxis(mesh.devices, positions, range(len(positions))).reshape(group.num_ranks, -1)
 
 
 def _check_settings(group: ExpertGroup, mesh: jax.sharding.Mesh, axis: tuple[str, ...]) -> None:
@@ -244,6 +319,18 @@ def _check_settings(group: ExpertGroup, mesh: jax.sharding.Mesh, axis: tuple[str
             f"ExpertGroup: deadline_s: expected a number of seconds between 0.001 and {_LONGEST_DEADLINE_S:.0e}, got "
             f"{group.deadline_s!r}"
         )
+    if group.num_sms is not None and (group.num_sms < 2 or group.num_sms % 2):
+        raise ValueError(
+            f"ExpertGroup: num_sms: expected None or an even number of at least 2, got {group.num_sms!r}: half of the "
+            "SMs send and half receive where rows travel through rings"
+        )
+    for name, known in (
+        ("zero_copy", ("auto", "off")),
+        ("dispatch_form", ("auto", "push", "pull")),
+        ("combine_form", ("auto", "pull", "push")),
+    ):
+        if getattr(group, name) not in known:
+            raise ValueError(f"ExpertGroup: {name}: expected one of {known}, got {getattr(group, name)!r}")
 
 
 def _choose_backend(asked: str, mesh: jax.sharding.Mesh) -> Backend:
@@ -252,10 +339,13 @@ def _choose_backend(asked: str, mesh: jax.sharding.Mesh) -> Backend:
     platforms = {device.platform for device in mesh.devices.flat}
     if asked == "xla":
         return "xla"
-    if asked == "cuda":
+    if asked == "cuda" and platforms != {"gpu"}:
         raise ValueError(
-            "ExpertGroup: backend: 'cuda' is not built into this installation; use backend='xla' on GPUs"
+            f"ExpertGroup: backend: 'cuda' needs a mesh of GPUs, got {sorted(platforms)}; use backend='auto', or a "
+            "mesh of jax.devices('cuda')"
         )
+    if asked in ("auto", "cuda") and platforms == {"gpu"}:
+        return "cuda"  # if its transport can be made
     local = all(device.process_index == jax.process_index() for device in mesh.devices.flat)
     built = _ffi.cpu_module() is not None
     if asked == "cpu":

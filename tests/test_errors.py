@@ -334,7 +334,7 @@ def test_group_without_a_mesh():
 
 
 def test_backend_asked_for_but_not_built(monkeypatch):
-    refused("ExpertGroup: backend: 'cuda' is not built into this installation", lambda: make(backend="cuda"))
+    refused("ExpertGroup: backend: 'cuda' needs a mesh of GPUs, got ['cpu']", lambda: make(backend="cuda"))
     monkeypatch.setattr(_ffi, "cpu_module", lambda: None)
     refused(
         "ExpertGroup: backend: 'cpu' is not built into this installation (no module _wideep_cpu); run `pip install .`",

@@ -11,9 +11,9 @@ using I32Matrix = ffi::BufferR2<ffi::S32>;
 using F32Vector = ffi::BufferR1<ffi::F32>;
 using F32Matrix = ffi::BufferR2<ffi::F32>;
 
-Status RowShape(const char* op, const ffi::AnyBuffer& tokens, const I32Matrix& dest_rank,
-                const ffi::AnyBuffer& rows, bool zero_tail, DispatchShape& shape) {
-  const std::optional<DType> dtype = RowDType(tokens.element_type());
+Status RowShape(const char* op, std::optional<DType> dtype, const ffi::AnyBuffer& tokens,
+                const I32Matrix& dest_rank, const ffi::AnyBuffer& rows, bool zero_tail,
+                DispatchShape& shape) {
   if (!dtype || tokens.dimensions().size() != 2 || rows.dimensions().size() != 2) {
     return Status::InvalidArgument(std::string(op) + ": rows must be [tokens, hidden] float, got " +
                                    ShapeOf(tokens));
@@ -32,7 +32,11 @@ ffi::Future DispatchImpl(int32_t device, ffi::RunId run_id, OpInstance* instance
                          I32Matrix dest_row, I32Scalar num_rows, ffi::Result<ffi::AnyBuffer> rows,
                          ffi::Result<F32Vector> row_weights) {
   DispatchShape shape;
-  if (Status status = RowShape("dispatch", x, dest_rank, *rows, zero_tail, shape); !status.ok()) {
+  // Rows only move, so bytes (an FP8 row and its scales) will do.
+  const bool bytes = x.element_type() == ffi::DataType::U8;
+  const std::optional<DType> dtype = bytes ? DType::kF8E4M3 : RowDType(x.element_type());
+  if (Status status = RowShape("dispatch", dtype, x, dest_rank, *rows, zero_tail, shape);
+      !status.ok()) {
     return FailedFuture(status);
   }
   const DispatchBuffers buffers{
@@ -51,7 +55,8 @@ ffi::Future CombineGradImpl(int32_t device, ffi::RunId run_id, OpInstance* insta
                             I32Scalar num_rows, ffi::Result<ffi::AnyBuffer> dy,
                             ffi::Result<F32Vector> drow_weights) {
   DispatchShape shape;
-  if (Status status = RowShape("combine's gradient", dout, dest_rank, *dy, zero_tail, shape);
+  if (Status status = RowShape("combine's gradient", RowDType(dout.element_type()), dout,
+                               dest_rank, *dy, zero_tail, shape);
       !status.ok()) {
     return FailedFuture(status);
   }

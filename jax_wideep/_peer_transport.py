@@ -1,0 +1,283 @@
+"""The transport of the backend "cuda": GPUs of one host that map each other's memory.
+
+Set up collectively, when the group is made and outside of tracing. Every step ends with all processes knowing how it
+went for the others, so that all of them take the same decision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jax_wideep import _bootstrap, _ffi
+
+DispatchForm = Literal["auto", "push", "pull"]
+CombineForm = Literal["auto", "pull", "push"]
+
+#: How long processes wait for each other while a group is made.
+BOOTSTRAP_TIMEOUT_S = 120.0
+
+_DEFAULT_NUM_SMS = 16
+_MIN_COMPUTE_CAPABILITY = 90
+# From this many rows of a token at a rank on, sending it there once is worth a second pass over the rows: the
+# extra pass reads and writes in the memory of the receiver, which is about ten times faster than the link.
+_ROWS_PER_RANK_FOR_ONCE = 1.25
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerSettings:
+    """What a group asks of its transport.
+
+    Attributes:
+      devices: [ranks, groups side by side], the mesh in rank order.
+      others: as in ExpertGroup.
+    """
+
+    devices: np.ndarray
+    num_experts: int
+    top_k: int
+    hidden: int
+    chunk: int
+    deadline_s: float
+    num_sms: int | None
+    zero_copy: str
+    dispatch_form: DispatchForm
+    combine_form: CombineForm
+
+    @property
+    def num_ranks(self) -> int:
+        return self.devices.shape[0]
+
+
+class UnavailableError(Exception):
+    """This mesh cannot use the transport; the same on every process."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A device of this process."""
+
+    rank: int
+    subgroup: int
+    device: jax.Device
+
+
+class PeerTransport:
+    """A group's memory on the GPUs of this process.
+
+    Attributes:
+      handle: the number under which handlers find it.
+      num_sms, dispatch_form, combine_form: the ones chosen.
+    """
+
+    def __init__(self, module: ModuleType, handle: int, num_sms: int, dispatch_form: str, combine_form: str):
+        self._module = module
+        self.handle = handle
+        self.num_sms = num_sms
+        self.dispatch_form = dispatch_form
+        self.combine_form = combine_form
+        self.closed = False
+
+    def error(self) -> str | None:
+        """What made a rank of this process give up."""
+        return None if self.closed else self._module.group_error(self.handle)
+
+    def close(self) -> None:
+        """Waits for the GPUs of this process, at most the group's deadline, and frees the memory."""
+        if not self.closed:
+            self.closed = True
+            self._module.close_group(self.handle)
+
+
+def connect(settings: PeerSettings) -> PeerTransport:
+    """Makes the transport, on all processes of the mesh together.
+
+    Raises:
+      UnavailableError: the mesh cannot use it, with the reason.
+      ValueError: the processes' settings differ, or num_sms does not fit.
+      RuntimeError: a process did not come.
+    """
+    module = _ffi.cuda_module()
+    processes = {device.process_index for device in settings.devices.flat}
+    meeting = _bootstrap.Bootstrap(
+        sorted(processes), jax.process_index(), _ffi.coordination_client(), BOOTSTRAP_TIMEOUT_S
+    )
+    places = [
+        _Place(rank, subgroup, device)
+        for (rank, subgroup), device in np.ndenumerate(settings.devices)
+        if device.process_index == jax.process_index()
+    ]
+    hello = meeting.all_gather("hello", _introduce(module, settings, places))
+    _agree(hello)
+    assert module is not None  # otherwise an obstacle, above
+    gpus = [gpu for record in hello.values() for gpu in record["gpus"]]
+    num_sms = choose_num_sms(settings.num_sms, gpus)
+    shares_memory = len({gpu["uuid"] for gpu in gpus}) < len(gpus)
+    dispatch_form, combine_form = choose_forms(settings, shares_memory)
+
+    spans_processes = len(processes) > 1
+    ranks, error = [], None
+    try:
+        ranks = [_allocate(module, settings, place, num_sms, spans_processes) for place in places]
+    except RuntimeError as caught:
+        error = str(caught)
+    memory = meeting.all_gather(
+        "memory",
+        {
+            "error": error,
+            "ranks": [
+                {"rank": place.rank, "subgroup": place.subgroup, "arena": rank.arena, "regions": rank.regions}
+                for place, rank in zip(places, ranks, strict=False)
+            ],
+        },
+    )
+    _raise_first_error(memory)
+
+    try:
+        _map_peers(meeting, places, ranks, memory)
+    except (RuntimeError, OSError) as caught:
+        error = str(caught)
+    # Nobody launches before everybody has mapped everything.
+    _raise_first_error(meeting.all_gather("ready", {"error": error}))
+    handle = module.open_group(ranks, settings.deadline_s, settings.top_k, settings.zero_copy == "auto")
+    return PeerTransport(module, handle, num_sms, dispatch_form, combine_form)
+
+
+def choose_num_sms(asked: int | None, gpus: Sequence[dict[str, Any]]) -> int:
+    """`asked`, or by default 16, or as many as fit where ranks share a GPU: their blocks must all run at once."""
+    ranks_on = Counter(gpu["uuid"] for gpu in gpus)
+    most = min(gpu["num_sms"] // ranks_on[gpu["uuid"]] // 2 * 2 for gpu in gpus)
+    chosen = min(_DEFAULT_NUM_SMS, most) if asked is None else asked
+    if not 2 <= chosen <= most:
+        raise ValueError(
+            f"ExpertGroup: num_sms: expected 2 to {most}, got {chosen}: up to {max(ranks_on.values())} ranks share a "
+            f"GPU of {min(gpu['num_sms'] for gpu in gpus)} SMs, and the blocks of all of them must run at the same time"
+        )
+    return chosen
+
+
+def choose_forms(settings: PeerSettings, shares_memory: bool) -> tuple[str, str]:
+    """Forms of dispatch and combine.
+
+    A token with k experts has rows at d = R * (1 - (1 - 1/R) ** k) ranks in the mean. Where k / d is small, or where
+    all ranks' memory is the same memory, one pass that writes (reads) every row is best: push for dispatch, pull for
+    combine. Otherwise each token should cross once per rank: pull for dispatch, push for combine.
+    """
+    num_ranks, top_k = settings.num_ranks, settings.top_k
+    ranks_of_token = num_ranks * (1 - (1 - 1 / num_ranks) ** top_k)
+    one_pass = shares_memory or num_ranks == 1 or top_k / ranks_of_token < _ROWS_PER_RANK_FOR_ONCE
+    dispatch_form: str = settings.dispatch_form
+    combine_form: str = settings.combine_form
+    if dispatch_form == "auto":
+        dispatch_form = "push" if one_pass else "pull"
+    if combine_form == "auto":
+        combine_form = "pull" if one_pass else "push"
+    return dispatch_form, combine_form
+
+
+def _introduce(module: ModuleType | None, settings: PeerSettings, places: Sequence[_Place]) -> dict[str, Any]:
+    """What the other processes have to know of this one."""
+    obstacle = _obstacle(module, settings)
+    record: dict[str, Any] = {"obstacle": obstacle, "host": _bootstrap.host_id(), "gpus": [], "settings": {}}
+    if module is None or obstacle is not None:
+        return record
+    for place in places:
+        gpu = module.device_info(place.device.local_hardware_id)
+        if gpu["compute_capability"] < _MIN_COMPUTE_CAPABILITY:
+            record["obstacle"] = f"compute capability 9.0 is needed, got {gpu['compute_capability'] / 10}"
+        record["gpus"].append({"uuid": gpu["uuid"], "num_sms": gpu["num_sms"]})
+    own = dataclasses.asdict(dataclasses.replace(settings, devices=np.zeros(0)))
+    own["devices"] = [int(device.id) for device in settings.devices.flat]
+    own["_wideep_cuda"] = _build_id(module)
+    record["settings"] = own
+    return record
+
+
+def _obstacle(module: ModuleType | None, settings: PeerSettings) -> str | None:
+    if module is None:
+        return "the module _wideep_cuda is not built into this installation"
+    for name, most in module.exchange_limits().items():
+        if getattr(settings, name) > most:
+            return f"{name} of at most {most} is supported, got {getattr(settings, name)}"
+    return None
+
+
+def _build_id(module: ModuleType) -> str:
+    with open(str(module.__file__), "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()[:16]
+
+
+def _agree(hello: dict[int, dict[str, Any]]) -> None:
+    for process, record in sorted(hello.items()):
+        if record["obstacle"] is not None:
+            where = f" (process {process})" if len(hello) > 1 else ""
+            raise UnavailableError(record["obstacle"] + where)
+    if len({record["host"] for record in hello.values()}) > 1:
+        raise UnavailableError("the mesh spans several hosts")
+    difference = _bootstrap.first_difference({p: record["settings"] for p, record in hello.items()})
+    if difference is not None:
+        raise ValueError(
+            f"ExpertGroup: expected the same settings and the same build in all processes, got {difference}"
+        )
+
+
+def _allocate(
+    module: ModuleType, settings: PeerSettings, place: _Place, num_sms: int, spans_processes: bool
+) -> Any:
+    # A live buffer tells which allocation XLA's buffers come from.
+    buffer = jax.device_put(np.zeros(1024, np.float32), place.device)
+    return module.make_peer_group(
+        device=place.device.local_hardware_id,
+        rank=place.rank,
+        num_ranks=settings.num_ranks,
+        num_experts=settings.num_experts,
+        top_k=settings.top_k,
+        max_row_bytes=4 * settings.hidden,
+        num_sms=num_sms,
+        chunk=settings.chunk,
+        spans_processes=spans_processes,
+        buffer_addresses=[buffer.unsafe_buffer_pointer()],
+    )
+
+
+def _map_peers(
+    meeting: _bootstrap.Bootstrap,
+    places: Sequence[_Place],
+    ranks: Sequence[Any],
+    memory: dict[int, dict[str, Any]],
+) -> None:
+    """Maps every peer of every rank of this process."""
+    received: dict[int, list[int]] = {}
+    own = [rank.take_descriptors() for rank in ranks]
+    try:
+        if len(meeting.processes) > 1:
+            received = meeting.all_gather_descriptors([number for numbers in own for number in numbers])
+        for place, rank in zip(places, ranks, strict=True):
+            for other_place, other in zip(places, ranks, strict=True):
+                if other is not rank and other_place.subgroup == place.subgroup:
+                    rank.map_local_peer(other)
+            for process, numbers in received.items():
+                at = 0
+                for peer in memory[process]["ranks"]:
+                    count = 1 + len(peer["regions"])
+                    if peer["subgroup"] == place.subgroup:
+                        regions = [tuple(region) for region in peer["regions"]]
+                        rank.map_peer(peer["rank"], tuple(peer["arena"]), regions, numbers[at : at + count])
+                    at += count
+            rank.finish()
+    finally:
+        _bootstrap.close_descriptors(dict(enumerate(own)))
+        _bootstrap.close_descriptors(received)
+
+
+def _raise_first_error(records: dict[int, dict[str, Any]]) -> None:
+    for process, record in sorted(records.items()):
+        if record["error"] is not None:
+            raise UnavailableError(f"process {process}: {record['error']}")
