@@ -232,12 +232,12 @@ def in_new_process(code):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stderr
 
 
 def test_missing_ranks_are_named():
     """Each op in turn is left out by some ranks; the others get an error, and the process goes on."""
-    in_new_process("""
+    said = in_new_process("""
     def without(missing, op):
         absent = functools.reduce(jnp.logical_or, [jax.lax.axis_index("expert") == rank for rank in missing])
         return lambda x, *args: jax.lax.cond(absent, lambda x: x * 1.0, lambda x: op(x, *args), x)
@@ -282,6 +282,11 @@ def test_missing_ranks_are_named():
         assert "deadline_s" in error
         still_usable(group)
     """)
+    # Also on stderr, where it is seen if XLA's own collectives wait for the missing rank until XLA gives up.
+    assert (
+        said.count("jax_wideep: ") == 6
+        and "jax_wideep: ll_dispatch: rank(s) 1, 2 of 4 did not arrive" in said
+    )
 
 
 def test_late_rank_is_waited_for_within_the_deadline():

@@ -1,6 +1,7 @@
 #include "csrc/transport/host_rendezvous.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <utility>
 
 namespace wideep {
@@ -145,7 +146,12 @@ void HostRendezvous::WatchDeadlines() {
       it = meetings_.erase(it);
     }
     lock.unlock();
-    for (const auto& [meeting, status] : overdue) CompleteAll(meeting.done, status);
+    for (const auto& [meeting, status] : overdue) {
+      // Said here as well: the missing rank may by now wait in a collective of XLA's for those that
+      // fail, and then nobody gets to see the error before XLA ends the process.
+      std::fprintf(stderr, "jax_wideep: %s\n", status.message().c_str());
+      CompleteAll(meeting.done, status);
+    }
     overdue.clear();
     lock.lock();
   }
