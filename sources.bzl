@@ -100,6 +100,7 @@ EXCHANGE_CUDA_SOURCES = [
     "csrc/core/error_record.cc",
     "csrc/ep/combine.cu",
     "csrc/ep/dispatch.cu",
+    "csrc/ep/low_latency.cu",
     "csrc/ep/plan.cu",
     "csrc/ep/quantize.cu",
     "csrc/transport/device_memory.cc",
@@ -116,9 +117,17 @@ EXCHANGE_CUDA_HEADERS = [
     "csrc/ep/bulk_pipe.cuh",
     "csrc/ep/combine.cuh",
     "csrc/ep/combine.h",
+    "csrc/ep/combine_order.cuh",
     "csrc/ep/dispatch.cuh",
     "csrc/ep/dispatch.h",
     "csrc/ep/exchange_protocol.cuh",
+    "csrc/ep/low_latency.cuh",
+    "csrc/ep/low_latency.h",
+    "csrc/ep/low_latency_combine.cuh",
+    "csrc/ep/low_latency_combine_grad.cuh",
+    "csrc/ep/low_latency_protocol.cuh",
+    "csrc/ep/low_latency_receive.cuh",
+    "csrc/ep/low_latency_send.cuh",
     "csrc/ep/peer_context.h",
     "csrc/ep/plan.cuh",
     "csrc/ep/plan.h",
@@ -136,6 +145,7 @@ CUDA_FFI_SOURCES = [
     "xla_ffi/cuda/combine.cc",
     "xla_ffi/cuda/dispatch.cc",
     "xla_ffi/cuda/grouped_matmul.cc",
+    "xla_ffi/cuda/low_latency.cc",
     "xla_ffi/cuda/module.cc",
     "xla_ffi/cuda/peer_groups.cc",
     "xla_ffi/cuda/peer_module.cc",
@@ -187,8 +197,10 @@ SIMT_HEADERS = [
 # Kernels that are tested in it.
 SIMT_KERNEL_SOURCES = [
     "csrc/core/error_record.cc",
+    "tests/simt/low_latency_kernels.cc",
 ]
 
 SIMT_TESTS = [
+    "tests/simt/low_latency_simt_test.cc",
     "tests/simt/simt_test.cc",
 ]

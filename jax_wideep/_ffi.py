@@ -24,7 +24,7 @@ from jax._src import dispatch as _dispatch
 from jax._src import distributed as _distributed
 from jax._src import xla_bridge as _xla_bridge
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
 # Oldest jaxlib whose CPU client runs more devices than threads without a hang in its own collectives.
@@ -176,6 +176,31 @@ def _exchange_primitive(
     return primitive
 
 
+def _half_primitive(name: str, outputs: Callable[..., list[Spec]], attrs: Attrs) -> Primitive:
+    """Half of an exchange, on CUDA only; arguments as in _custom_call_primitive."""
+    primitive = _exchange_primitive(name, outputs, attrs, cuda_attrs={})
+
+    def _batching(*_: Any, **__: Any) -> Any:
+        # One after the other, all the first halves would come before all the second ones.
+        raise ValueError(f"{name}: the halves cannot run under jax.vmap; use ll_dispatch and ll_combine")
+
+    batching.primitive_batchers[primitive] = _batching
+    return primitive
+
+
+def _send_primitive(name: str, attrs: Attrs) -> Primitive:
+    """The first half: its result, a ticket, says which call the second half belongs to, and comes before it."""
+    primitive = _half_primitive(name, lambda *_, **__: [((1,), jnp.uint32)], attrs)
+
+    def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[list[Any], list[Any]]:
+        # Gradients go past the halves: low_latency.py has those of the whole op.
+        results = primitive.bind(*primals, **params)
+        return results, [ad.Zero(_core.typeof(result).to_tangent_aval()) for result in results]
+
+    ad.primitive_jvps[primitive] = _jvp
+    return primitive
+
+
 def _kernel_primitive(name: str, outputs: Callable[..., list[Spec]], attrs: Attrs) -> Primitive:
     """A primitive that one GPU computes alone; arguments as in _custom_call_primitive."""
     primitive = _custom_call_primitive(name, outputs)
@@ -295,15 +320,22 @@ def _quantize_outputs(x: Any) -> list[Spec]:
     return [(x.shape, jnp.float8_e4m3fn), ((tokens, hidden // 128), jnp.float32)]
 
 
-def _ll_dispatch_outputs(
-    rank: Any, payload: Any, scales: Any, topk_idx: Any, *, num_experts: int, num_ranks: int, chunk: int,
-    rows_dtype: Any, **_: Any,
-) -> list[Spec]:  # fmt: skip
+def _ll_dispatch_outputs(rank: Any, payload: Any, *_: Any, **params: Any) -> list[Spec]:
+    return _packed_rows(payload.shape[1], **params)
+
+
+def _ll_dispatch_recv_outputs(*_: Any, hidden: int, **params: Any) -> list[Spec]:
+    return _packed_rows(hidden, **params)
+
+
+def _packed_rows(
+    hidden: int, *, num_experts: int, num_ranks: int, chunk: int, rows_dtype: Any, **_: Any
+) -> list[Spec]:
     packed = (num_experts // num_ranks, num_ranks * chunk)
     with_scales = rows_dtype == jnp.float8_e4m3fn
     return [
-        ((*packed, payload.shape[1]), rows_dtype),  # rows
-        ((*packed, payload.shape[1] // 128) if with_scales else (0, 0, 0), jnp.float32),  # row_scales
+        ((*packed, hidden), rows_dtype),  # rows
+        ((*packed, hidden // 128) if with_scales else (0, 0, 0), jnp.float32),  # row_scales
         (packed[:1], jnp.int32),  # counts
         (packed, jnp.int32),  # row_source
     ]
@@ -311,6 +343,12 @@ def _ll_dispatch_outputs(
 
 def _ll_combine_outputs(y: Any, topk_weights: Any, *_: Any, **__: Any) -> list[Spec]:
     return [((topk_weights.shape[0], y.shape[2]), y.dtype)]
+
+
+def _ll_combine_recv_outputs(
+    ticket: Any, topk_weights: Any, *_: Any, hidden: int, out_dtype: Any, **__: Any
+) -> list[Spec]:
+    return [((topk_weights.shape[0], hidden), out_dtype)]
 
 
 def _ll_combine_grad_outputs(dout: Any, y: Any, topk_weights: Any, *_: Any, **__: Any) -> list[Spec]:
@@ -348,9 +386,32 @@ _combine_grad_p = _exchange_primitive(
     "combine_grad", _combine_grad_outputs, _GROUP | _TAIL, cpu_operands=slice(6), cuda_attrs={}
 )
 _quantize_p = _exchange_primitive("quantize", _quantize_outputs, {})
-_ll_dispatch_p = _exchange_primitive("ll_dispatch", _ll_dispatch_outputs, _GROUP | _LL | _TAIL)
-_ll_combine_p = _exchange_primitive("ll_combine", _ll_combine_outputs, _GROUP | _LL)
-_ll_combine_grad_p = _exchange_primitive("ll_combine_grad", _ll_combine_grad_outputs, _GROUP | _LL | _TAIL)
+# CUDA knows its rank, casts to FP8 itself, and its combine takes topk_idx, the last operand, too.
+_WIRE: Attrs = {"quantize": np.bool_}
+_ll_dispatch_p = _exchange_primitive(
+    "ll_dispatch",
+    _ll_dispatch_outputs,
+    _GROUP | _LL | _TAIL,
+    cuda_operands=slice(1, None),
+    cuda_attrs=_WIRE,
+)
+_ll_combine_p = _exchange_primitive(
+    "ll_combine", _ll_combine_outputs, _GROUP | _LL, cpu_operands=slice(4), cuda_attrs={}
+)
+_ll_combine_grad_p = _exchange_primitive(
+    "ll_combine_grad",
+    _ll_combine_grad_outputs,
+    _GROUP | _LL | _TAIL,
+    cpu_operands=slice(5),
+    cuda_attrs={},
+)
+
+_ll_dispatch_send_p = _send_primitive("ll_dispatch_send", _GROUP | _LL | _WIRE)
+_ll_dispatch_recv_p = _half_primitive(
+    "ll_dispatch_recv", _ll_dispatch_recv_outputs, _GROUP | _LL | _TAIL | _WIRE
+)
+_ll_combine_send_p = _send_primitive("ll_combine_send", _GROUP | _LL)
+_ll_combine_recv_p = _half_primitive("ll_combine_recv", _ll_combine_recv_outputs, _GROUP | _LL)
 
 
 # ---- kernels of one GPU: csrc/gemm ----
@@ -489,35 +550,63 @@ def quantize_rows(x):
     return _quantize_rows_p.bind(x)[0]
 
 
-def ll_dispatch(payload, scales, topk_idx, group, rows_dtype, zero_tail):
+def _ll_params(group):
+    return {"group": group.handle, "num_experts": group.num_experts, "chunk": group.chunk}
+
+
+def ll_dispatch(payload, scales, topk_idx, group, rows_dtype, zero_tail, quantize=False):
+    """`quantize`: payload is not FP8 but travels so; on CUDA only."""
     no_scales = jnp.zeros((0, 0), jnp.float32)
     rank = jax.lax.axis_index(group.axis)
     operands = vary([rank, payload, no_scales if scales is None else scales, topk_idx])
-    rows, row_scales, counts, row_source = _ll_dispatch_p.bind(
+    received = _ll_dispatch_p.bind(
         *operands,
-        group=group.handle,
-        num_experts=group.num_experts,
+        **_ll_params(group),
         num_ranks=group.num_ranks,
-        chunk=group.chunk,
         rows_dtype=jnp.dtype(rows_dtype),
         zero_tail=zero_tail,
+        quantize=quantize,
     )
+    return _without_empty_scales(*received)
+
+
+def ll_dispatch_send(x, topk_idx, group, quantize):
+    """The ticket."""
+    return _ll_dispatch_send_p.bind(*vary([x, topk_idx]), **_ll_params(group), quantize=quantize)[0]
+
+
+def ll_dispatch_recv(ticket, topk_idx, group, rows_dtype, zero_tail, quantize):
+    received = _ll_dispatch_recv_p.bind(
+        *vary([ticket, topk_idx]),
+        **_ll_params(group),
+        num_ranks=group.num_ranks,
+        hidden=group.hidden,
+        rows_dtype=jnp.dtype(rows_dtype),
+        zero_tail=zero_tail,
+        quantize=quantize,
+    )
+    return _without_empty_scales(*received)
+
+
+def _without_empty_scales(rows, row_scales, counts, row_source):
     return rows, (row_scales if row_scales.size else None), counts, row_source
 
 
-def ll_combine(y, topk_weights, counts, row_source, group):
-    operands = vary([y, topk_weights, counts, row_source])
-    return _ll_combine_p.bind(
-        *operands, group=group.handle, num_experts=group.num_experts, chunk=group.chunk
-    )[0]
+def ll_combine(y, topk_weights, topk_idx, counts, row_source, group):
+    operands = vary([y, topk_weights, counts, row_source, topk_idx])
+    return _ll_combine_p.bind(*operands, **_ll_params(group))[0]
 
 
-def ll_combine_grad(dout, y, topk_weights, counts, row_source, group, zero_tail):
-    operands = vary([dout, y, topk_weights, counts, row_source])
-    return _ll_combine_grad_p.bind(
-        *operands,
-        group=group.handle,
-        num_experts=group.num_experts,
-        chunk=group.chunk,
-        zero_tail=zero_tail,
-    )
+def ll_combine_send(y, topk_idx, counts, row_source, group):
+    """The ticket."""
+    return _ll_combine_send_p.bind(*vary([y, counts, row_source, topk_idx]), **_ll_params(group))[0]
+
+
+def ll_combine_recv(ticket, topk_weights, topk_idx, group, out_dtype):
+    params = _ll_params(group) | {"hidden": group.hidden, "out_dtype": jnp.dtype(out_dtype)}
+    return _ll_combine_recv_p.bind(*vary([ticket, topk_weights, topk_idx]), **params)[0]
+
+
+def ll_combine_grad(dout, y, topk_weights, topk_idx, counts, row_source, group, zero_tail):
+    operands = vary([dout, y, topk_weights, counts, row_source, topk_idx])
+    return _ll_combine_grad_p.bind(*operands, **_ll_params(group), zero_tail=zero_tail)

@@ -24,7 +24,7 @@ Quantize = Literal["fp8"] | None
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rows", "scales", "counts", "row_source"],
+    data_fields=["rows", "scales", "counts", "row_source", "topk_idx"],
     meta_fields=["group", "num_tokens", "top_k"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Received:
       scales: float32 [local_experts, ranks * chunk, hidden / 128] where rows are FP8, otherwise None.
       counts: valid rows of each expert; rows past the count are zero (unspecified under zero_tail=False).
       row_source: for each row, (source rank * num_tokens + token) * top_k + k, or -1.
+      topk_idx: what this rank sent by, [num_tokens, top_k].
       group: the group it came over.
       num_tokens: tokens per rank.
       top_k: selections per token.
@@ -46,6 +47,7 @@ class Received:
     scales: jax.Array | None
     counts: Int32[jax.Array, " local_experts"]
     row_source: Int32[jax.Array, "local_experts expert_rows"]
+    topk_idx: Int32[jax.Array, "num_tokens top_k"]
     group: ExpertGroup
     num_tokens: int
     top_k: int
@@ -53,8 +55,8 @@ class Received:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["x", "payload", "scales", "topk_idx"],
-    meta_fields=["group", "dequantize", "zero_tail"],
+    data_fields=["x", "payload", "scales", "topk_idx", "ticket"],
+    meta_fields=["group", "quantize", "dequantize", "zero_tail"],
 )
 @dataclasses.dataclass(frozen=True)
 class DispatchInFlight:
@@ -64,14 +66,16 @@ class DispatchInFlight:
     payload: jax.Array
     scales: jax.Array | None
     topk_idx: jax.Array
+    ticket: jax.Array | None  # on the backend "cuda": rows are under way
     group: ExpertGroup
+    quantize: Quantize
     dequantize: bool
     zero_tail: bool
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["y", "topk_weights", "recv"],
+    data_fields=["y", "topk_weights", "recv", "ticket"],
     meta_fields=["zero_tail"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,7 @@ class CombineInFlight:
     y: jax.Array
     topk_weights: jax.Array
     recv: Received
+    ticket: jax.Array | None
     zero_tail: bool
 
 
@@ -116,10 +121,9 @@ def ll_dispatch(
       jax.errors.JaxRuntimeError: when run, for an index outside [-1, num_experts) or an expert twice in a token
         (the backend "xla" masks those instead), or for a rank that does not come within the deadline.
     """
-    sent = _send(
-        "ll_dispatch", x, topk_idx, group, quantize=quantize, dequantize=dequantize, zero_tail=zero_tail
+    return ll_dispatch_recv(
+        _dispatch_in_flight("ll_dispatch", x, topk_idx, group, quantize, dequantize, zero_tail)
     )
-    return ll_dispatch_recv(sent)
 
 
 def ll_dispatch_send(
@@ -133,12 +137,15 @@ def ll_dispatch_send(
 ) -> DispatchInFlight:
     """The first half of ll_dispatch: what needs no other rank. Arguments and errors are those of ll_dispatch.
 
-    Work placed between the halves may run while rows travel. On the CPU backend this half quantises and the
-    other one moves the rows.
+    Work placed between the halves may run while rows travel. On the backend "cuda" at most two calls may be under
+    way, and the halves do not run under `jax.vmap`. On the CPU backend this half quantises and the other one moves
+    the rows.
     """
-    return _send(
-        "ll_dispatch_send", x, topk_idx, group, quantize=quantize, dequantize=dequantize, zero_tail=zero_tail
-    )
+    sent = _dispatch_in_flight("ll_dispatch_send", x, topk_idx, group, quantize, dequantize, zero_tail)
+    if group.backend != "cuda":
+        return sent
+    ticket = _ffi.ll_dispatch_send(sent.payload, sent.topk_idx, group, quantize == "fp8")
+    return dataclasses.replace(sent, ticket=ticket)
 
 
 def ll_dispatch_recv(sent: DispatchInFlight) -> Received:
@@ -147,10 +154,17 @@ def ll_dispatch_recv(sent: DispatchInFlight) -> Received:
     _check.instance(op, "sent", sent, DispatchInFlight, "pass what ll_dispatch_send returned")
     _check.group(op, sent.group)
     rows, scales, counts, row_source = _receive(
-        sent.x, (sent.payload, sent.scales, sent.topk_idx), sent.group, sent.dequantize, sent.zero_tail
+        sent.x,
+        (sent.payload, sent.scales, sent.topk_idx, sent.ticket),
+        sent.group,
+        sent.quantize,
+        sent.dequantize,
+        sent.zero_tail,
     )
     tokens, top_k = sent.topk_idx.shape
-    return Received(rows, scales, counts, row_source, group=sent.group, num_tokens=tokens, top_k=top_k)
+    return Received(
+        rows, scales, counts, row_source, sent.topk_idx, group=sent.group, num_tokens=tokens, top_k=top_k
+    )
 
 
 def ll_combine(
@@ -178,7 +192,7 @@ def ll_combine(
       ValueError: at trace time, for arguments of the wrong shape or dtype.
       jax.errors.JaxRuntimeError: when run, for a rank that does not come within the group's deadline.
     """
-    return ll_combine_recv(ll_combine_send(y, topk_weights, recv, zero_tail=zero_tail))
+    return ll_combine_recv(_combine_in_flight("ll_combine", y, topk_weights, recv, zero_tail))
 
 
 def ll_combine_send(
@@ -188,16 +202,13 @@ def ll_combine_send(
     *,
     zero_tail: bool = True,
 ) -> CombineInFlight:
-    """The first half of ll_combine. Arguments and errors are those of ll_combine."""
-    op = "ll_combine"
-    _check.instance(op, "recv", recv, Received, "pass what ll_dispatch returned")
-    group = recv.group
-    _check.group(op, group)
-    expert_rows = group.num_ranks * group.chunk
-    _check.rows(op, "y", y, (group.local_experts, expert_rows, group.hidden))
-    _check.gate_weights(op, "topk_weights", topk_weights, (recv.num_tokens, recv.top_k))
-    y, topk_weights, _ = _ffi.vary([y, topk_weights, recv.counts], group.axis)
-    return CombineInFlight(y, topk_weights.astype(jnp.float32), recv, zero_tail)
+    """The first half of ll_combine. Arguments and errors are those of ll_combine; see ll_dispatch_send."""
+    sent = _combine_in_flight("ll_combine_send", y, topk_weights, recv, zero_tail)
+    if recv.group.backend != "cuda":
+        return sent
+    y = jax.lax.stop_gradient(sent.y)
+    ticket = _ffi.ll_combine_send(y, recv.topk_idx, recv.counts, recv.row_source, recv.group)
+    return dataclasses.replace(sent, ticket=ticket)
 
 
 def ll_combine_recv(sent: CombineInFlight) -> Float[jax.Array, "tokens hidden"]:
@@ -206,10 +217,19 @@ def ll_combine_recv(sent: CombineInFlight) -> Float[jax.Array, "tokens hidden"]:
     _check.instance(op, "sent", sent, CombineInFlight, "pass what ll_combine_send returned")
     recv = sent.recv
     _check.group(op, recv.group)
-    return _combine(sent.y, sent.topk_weights, recv.counts, recv.row_source, recv.group, sent.zero_tail)
+    return _combine(
+        sent.y,
+        sent.topk_weights,
+        recv.topk_idx,
+        recv.counts,
+        recv.row_source,
+        sent.ticket,
+        recv.group,
+        sent.zero_tail,
+    )
 
 
-def _send(op, x, topk_idx, group, *, quantize, dequantize, zero_tail) -> DispatchInFlight:
+def _dispatch_in_flight(op, x, topk_idx, group, quantize, dequantize, zero_tail) -> DispatchInFlight:
     _check.group(op, group)
     _check.rows(op, "x", x, ("tokens", group.hidden))
     _check.topk_idx(op, topk_idx, group)
@@ -227,58 +247,72 @@ def _send(op, x, topk_idx, group, *, quantize, dequantize, zero_tail) -> Dispatc
             "use quantize=None"
         )
     x, topk_idx = _ffi.vary([x, topk_idx], group.axis)
-    payload, scales = x, None
-    if quantize == "fp8":
-        payload, scales = backend_of(group).quantize(jax.lax.stop_gradient(x))
-    return DispatchInFlight(
-        x, jax.lax.stop_gradient(payload), scales, topk_idx, group, dequantize or quantize is None, zero_tail
-    )
+    payload, scales = jax.lax.stop_gradient(x), None
+    if quantize == "fp8" and group.backend != "cuda":  # whose kernels quantise as they send
+        payload, scales = backend_of(group).quantize(payload)
+    dequantize = dequantize or quantize is None
+    return DispatchInFlight(x, payload, scales, topk_idx, None, group, quantize, dequantize, zero_tail)
+
+
+def _combine_in_flight(op, y, topk_weights, recv, zero_tail) -> CombineInFlight:
+    _check.instance(op, "recv", recv, Received, "pass what ll_dispatch returned")
+    group = recv.group
+    _check.group(op, group)
+    _check.rows(op, "y", y, (group.local_experts, group.num_ranks * group.chunk, group.hidden))
+    _check.gate_weights(op, "topk_weights", topk_weights, (recv.num_tokens, recv.top_k))
+    y, topk_weights, _ = _ffi.vary([y, topk_weights, recv.counts], group.axis)
+    return CombineInFlight(y, topk_weights.astype(jnp.float32), recv, None, zero_tail)
 
 
 # The payload is derived from x, but the gradient goes to x directly: straight through the quantisation.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _receive(x, wire, group, dequantize, zero_tail):
-    payload, scales, topk_idx = wire
-    rows_dtype = x.dtype if dequantize else payload.dtype
-    return tuple(backend_of(group).ll_dispatch(payload, scales, topk_idx, group, rows_dtype, zero_tail))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _receive(x, wire, group, quantize, dequantize, zero_tail):
+    payload, scales, topk_idx, ticket = wire
+    rows_dtype = x.dtype if dequantize else jnp.float8_e4m3fn
+    if ticket is not None:
+        return _ffi.ll_dispatch_recv(ticket, topk_idx, group, rows_dtype, zero_tail, quantize == "fp8")
+    if group.backend == "cuda":
+        return _ffi.ll_dispatch(
+            payload, scales, topk_idx, group, rows_dtype, zero_tail, quantize=quantize == "fp8"
+        )
+    return backend_of(group).ll_dispatch(payload, scales, topk_idx, group, rows_dtype, zero_tail)
 
 
-def _receive_fwd(x, wire, group, dequantize, zero_tail):
+def _receive_fwd(x, wire, group, quantize, dequantize, zero_tail):
     if not dequantize:
         raise ValueError(
             "ll_dispatch: rows left in FP8 (dequantize=False) have no gradient; use dequantize=True where you "
             "differentiate"
         )
-    rows, scales, counts, row_source = _receive(x, wire, group, dequantize, zero_tail)
+    rows, scales, counts, row_source = _receive(x, wire, group, quantize, dequantize, zero_tail)
     return (rows, scales, counts, row_source), (counts, row_source, wire[2])
 
 
-def _receive_bwd(group, dequantize, zero_tail, residuals, cotangents):
+def _receive_bwd(group, quantize, dequantize, zero_tail, residuals, cotangents):
     counts, row_source, topk_idx = residuals
     ones = _ffi.vary([jnp.ones(topk_idx.shape, jnp.float32), counts])[0]
-    dx = backend_of(group).ll_combine(cotangents[0], ones, counts, row_source, group)
+    dx = backend_of(group).ll_combine(cotangents[0], ones, topk_idx, counts, row_source, group)
     return dx, None
 
 
 _receive.defvjp(_receive_fwd, _receive_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _combine(y, topk_weights, counts, row_source, group, zero_tail):
-    return backend_of(group).ll_combine(y, topk_weights, counts, row_source, group)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _combine(y, topk_weights, topk_idx, counts, row_source, ticket, group, zero_tail):
+    if ticket is not None:
+        return _ffi.ll_combine_recv(ticket, topk_weights, topk_idx, group, y.dtype)
+    return backend_of(group).ll_combine(y, topk_weights, topk_idx, counts, row_source, group)
 
 
-def _combine_fwd(y, topk_weights, counts, row_source, group, zero_tail):
-    out = _combine(y, topk_weights, counts, row_source, group, zero_tail)
-    return out, (y, topk_weights, counts, row_source)
+def _combine_fwd(y, topk_weights, topk_idx, counts, row_source, ticket, group, zero_tail):
+    out = _combine(y, topk_weights, topk_idx, counts, row_source, ticket, group, zero_tail)
+    return out, (y, topk_weights, topk_idx, counts, row_source)
 
 
 def _combine_bwd(group, zero_tail, residuals, dout):
-    y, topk_weights, counts, row_source = residuals
-    dy, dweights = backend_of(group).ll_combine_grad(
-        dout, y, topk_weights, counts, row_source, group, zero_tail
-    )
-    return dy, dweights, None, None
+    dy, dweights = backend_of(group).ll_combine_grad(dout, *residuals, group, zero_tail)
+    return dy, dweights, None, None, None, None
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)

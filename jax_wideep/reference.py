@@ -243,12 +243,13 @@ def _weight_of_rows(topk_weights: jax.Array, row_source: jax.Array, group: Exper
 def ll_combine(
     y: Float[jax.Array, "local_experts expert_rows hidden"],
     topk_weights: Float32[jax.Array, "tokens k"],
+    topk_idx: Int32[jax.Array, "tokens k"],
     counts: Int32[jax.Array, " local_experts"],
     row_source: Int32[jax.Array, "local_experts expert_rows"],
     group: ExpertGroup,
 ) -> Float[jax.Array, "tokens hidden"]:
     """out[token] = sum of topk_weights * y over its rows, in float32."""
-    del counts  # row_source says which rows are filled
+    del topk_idx, counts  # row_source says which rows are filled, and whose they are
     tokens, top_k = topk_weights.shape
     source = row_source.reshape(-1)
     weights = _weight_of_rows(topk_weights, source, group)
@@ -264,13 +265,14 @@ def ll_combine_grad(
     dout: Float[jax.Array, "tokens hidden"],
     y: Float[jax.Array, "local_experts expert_rows hidden"],
     topk_weights: Float32[jax.Array, "tokens k"],
+    topk_idx: Int32[jax.Array, "tokens k"],
     counts: Int32[jax.Array, " local_experts"],
     row_source: Int32[jax.Array, "local_experts expert_rows"],
     group: ExpertGroup,
     zero_tail: bool,
 ) -> tuple[jax.Array, Float32[jax.Array, "tokens k"]]:
     """dy[row] = topk_weights * dout[token]; dtopk_weights[token, k] = <y[row], dout[token]>."""
-    del counts, zero_tail
+    del topk_idx, counts, zero_tail
     tokens, top_k = topk_weights.shape
     source = row_source.reshape(-1)
     filled = source >= 0

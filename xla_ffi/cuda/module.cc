@@ -21,6 +21,13 @@ nb::dict Handlers() {
   handlers["wideep_combine"] = HandlerCapsule(WideepCombine);
   handlers["wideep_combine_grad"] = HandlerCapsule(WideepCombineGrad);
   handlers["wideep_quantize_rows"] = HandlerCapsule(WideepQuantizeRows);
+  handlers["wideep_ll_dispatch"] = HandlerCapsule(WideepLowLatencyDispatch);
+  handlers["wideep_ll_dispatch_send"] = HandlerCapsule(WideepLowLatencyDispatchSend);
+  handlers["wideep_ll_dispatch_recv"] = HandlerCapsule(WideepLowLatencyDispatchRecv);
+  handlers["wideep_ll_combine"] = HandlerCapsule(WideepLowLatencyCombine);
+  handlers["wideep_ll_combine_send"] = HandlerCapsule(WideepLowLatencyCombineSend);
+  handlers["wideep_ll_combine_recv"] = HandlerCapsule(WideepLowLatencyCombineRecv);
+  handlers["wideep_ll_combine_grad"] = HandlerCapsule(WideepLowLatencyCombineGrad);
   handlers["wideep_grouped_matmul"] = HandlerCapsule(WideepGroupedMatmul);
   handlers["wideep_grouped_matmul_weight_grad"] = HandlerCapsule(WideepGroupedMatmulWeightGrad);
   handlers["wideep_swiglu"] = HandlerCapsule(WideepSwiglu);

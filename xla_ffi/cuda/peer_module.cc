@@ -60,12 +60,12 @@ nb::dict Limits() {
 
 std::shared_ptr<PeerGroup> MakePeerGroup(int device, int rank, int num_ranks, int num_experts,
                                          int top_k, int64_t max_row_bytes, int num_sms,
-                                         bool spans_processes,
+                                         int64_t chunk, bool spans_processes,
                                          const std::vector<uint64_t>& buffer_addresses) {
   PeerGroup::Settings settings;
   settings.device = device;
   settings.rank = rank;
-  settings.arena = {num_ranks, num_experts, top_k, max_row_bytes, num_sms};
+  settings.arena = {num_ranks, num_experts, top_k, max_row_bytes, num_sms, chunk};
   settings.spans_processes = spans_processes;
   std::vector<const void*> pointers;
   for (const uint64_t address : buffer_addresses) {
@@ -124,7 +124,7 @@ void AddPeerGroups(nb::module_& m) {
   m.def("exchange_limits", Limits, "most ranks, experts and top_k of a group");
   m.def("make_peer_group", MakePeerGroup, nb::arg("device"), nb::arg("rank"), nb::arg("num_ranks"),
         nb::arg("num_experts"), nb::arg("top_k"), nb::arg("max_row_bytes"), nb::arg("num_sms"),
-        nb::arg("spans_processes"), nb::arg("buffer_addresses"), without_gil,
+        nb::arg("chunk"), nb::arg("spans_processes"), nb::arg("buffer_addresses"), without_gil,
         "allocates one rank's part of a group");
   m.def("open_group", OpenGroup, nb::arg("ranks"), nb::arg("deadline_s"), nb::arg("top_k"),
         nb::arg("zero_copy"), "lets the handlers find the ranks; returns the group's id");
