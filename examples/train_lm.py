@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import time
@@ -142,7 +143,8 @@ def stop_on_interrupt() -> Iterator[list[int]]:
 
     def on_interrupt(number: int, _: object) -> None:
         stop.append(number)
-        console.print("Stopping after this step; Ctrl-C again to end without saving.")
+        # Not through the console, which may be in the middle of printing.
+        os.write(2, b"\nStopping after this step; Ctrl-C again to end without saving.\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = signal.signal(signal.SIGINT, on_interrupt)
