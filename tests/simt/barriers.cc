@@ -1,17 +1,10 @@
 // Barriers of a block, and collectives of a warp.
 #include <algorithm>
-#include <cstdio>
 
 #include "tests/simt/runtime.h"
 
 namespace simt {
 namespace {
-
-std::string Hex(uint32_t mask) {
-  char text[16];
-  std::snprintf(text, sizeof(text), "0x%08x", mask);
-  return text;
-}
 
 const char* NameOf(WarpOp op) {
   switch (op) {
@@ -145,7 +138,7 @@ void Complete(Runtime& rt, Block& block, int warp_index, size_t i, Fiber* me) {
     parties.push_back(&fiber->knowledge);
     if (fiber != me) rt.Wake(fiber);
   }
-  if (m.op == WarpOp::kSync || rt.options.collectives_order_memory) Knowledge::Meet(parties);
+  if (m.op == WarpOp::kSync) Knowledge::Meet(parties);
 }
 
 }  // namespace
@@ -195,7 +188,7 @@ uint64_t WarpMeet(WarpOp op, uint32_t mask, uint64_t value, uint32_t lane_arg, i
   const uint32_t lane = me->thread % kWarpLanes;
   Warp& warp = block.warps[warp_index];
   rt.Doing(NameOf(op), site);
-  me->detail = "with mask " + Hex(mask);
+  me->mask = mask;
   if (!(mask >> lane & 1)) {
     rt.Fail(std::string(NameOf(op)) + ": lane " + std::to_string(lane) + " is not in its mask " +
             Hex(mask));
@@ -236,7 +229,7 @@ uint64_t WarpMeet(WarpOp op, uint32_t mask, uint64_t value, uint32_t lane_arg, i
     rt.Suspend();
   }
   me->doing = "runs after a warp collective";
-  me->detail.clear();
+  me->mask = 0;
   return me->result;
 }
 

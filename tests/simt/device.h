@@ -46,9 +46,6 @@ struct Options {
   /// Now and then a rank, a block, a warp or a thread stands still for a while.
   bool starve = true;
   bool check_races = true;
-  /// Every warp collective orders memory among its lanes, not only __syncwarp. More than CUDA
-  /// promises.
-  bool collectives_order_memory = false;
   /// Steps in which no flag, barrier, copy or kernel gets further, until that is a deadlock.
   /// 0: as many as fit the number of threads.
   int64_t max_idle_steps = 0;

@@ -263,7 +263,7 @@ void Runtime::LogAccess(const void* pointer, int64_t num_bytes, const AccessLog:
                              "\n  of " + Describe(pointer) + ", " + std::to_string(num_bytes) +
                              " bytes\n  is not ordered after the " + name(other->kind) + " at " +
                              PlaceName(other->place) + "\n  by " + NameOfSlot(other->slot);
-  if (access.kind == AccessLog::kWrite && other->kind == AccessLog::kWrite && num_bytes <= 16) {
+  if (access.kind == AccessLog::kWrite && !(other->kind & AccessLog::kAsync) && num_bytes <= 16) {
     DoubtfulWrite& doubtful = Current()->doubtful;
     doubtful.pointer = static_cast<const char*>(pointer);
     doubtful.num_bytes = static_cast<int>(num_bytes);

@@ -59,27 +59,30 @@ void Knowledge::ProxyFence() {
 }
 
 void Knowledge::Meet(const std::vector<Knowledge*>& parties) {
-  auto seen = std::make_shared<Clocks>();
-  auto fenced = std::make_shared<Clocks>();
   std::vector<const Clocks*> joined;  // most parties share theirs
-  const auto join = [&joined](Clocks& into, const ClocksPtr& clocks) {
-    if (!clocks || std::find(joined.begin(), joined.end(), clocks.get()) != joined.end()) return;
-    Join(into, *clocks);
-    joined.push_back(clocks.get());
+  const auto join = [&](ClocksPtr Knowledge::* which) {
+    joined.clear();
+    const ClocksPtr& first = parties[0]->*which;
+    auto all = first ? std::make_shared<Clocks>(*first) : std::make_shared<Clocks>();
+    joined.push_back(first.get());
+    for (const Knowledge* party : parties) {
+      const Clocks* clocks = (party->*which).get();
+      if (!clocks || clocks == joined.back()) continue;
+      if (std::find(joined.begin(), joined.end(), clocks) != joined.end()) continue;
+      Join(*all, *clocks);
+      joined.push_back(clocks);
+    }
+    return all;
   };
-  for (const Knowledge* party : parties) join(*seen, party->seen_);
-  joined.clear();
-  for (const Knowledge* party : parties) join(*fenced, party->fenced_);
+  const auto seen = join(&Knowledge::seen_);
+  const auto fenced = join(&Knowledge::fenced_);
   for (Knowledge* party : parties) {
-    Raise(*seen, party->slot_, party->own_);
+    Raise(*seen, party->slot_, party->own_++);
     Raise(*fenced, party->slot_, party->fenced_own_);
   }
-  const ClocksPtr shared_seen = seen;
-  const ClocksPtr shared_fenced = fenced;
   for (Knowledge* party : parties) {
-    party->seen_ = shared_seen;
-    party->fenced_ = shared_fenced;
-    ++party->own_;
+    party->seen_ = seen;
+    party->fenced_ = fenced;
   }
 }
 

@@ -51,7 +51,7 @@ struct CopyGroup {
   std::vector<std::pair<uint32_t, uint32_t>> clocks;  // slot and clock of each copy's reads
 };
 
-/// A write that races with a write: let pass if it turns out to write what is there already.
+/// A write that races: let pass if it turns out to write what is there already.
 struct DoubtfulWrite {
   const char* pointer = nullptr;  // null: none
   int num_bytes = 0;
@@ -70,7 +70,7 @@ struct Fiber {
   // Where it is, for reports.
   const char* doing = "not started";
   Site site = {"", 0};
-  std::string detail;
+  uint32_t mask = 0;  // of a warp collective
 
   uint64_t result = 0;                            // of the last collective
   std::deque<std::shared_ptr<CopyGroup>> groups;  // committed, oldest first
@@ -316,5 +316,6 @@ class Runtime {
 };
 
 std::string NameOf(Site site);
+std::string Hex(uint32_t mask);
 
 }  // namespace simt

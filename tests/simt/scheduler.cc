@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <sstream>
 
@@ -29,6 +30,12 @@ Fiber* Runtime::Current() { return current; }
 std::string NameOf(Site site) {
   const char* name = std::strstr(site.file, "csrc/");
   return std::string(name ? name : site.file) + ":" + std::to_string(site.line);
+}
+
+std::string Hex(uint32_t mask) {
+  char text[16];
+  std::snprintf(text, sizeof(text), "0x%08x", mask);
+  return text;
 }
 
 void Runtime::Yield() {
@@ -300,7 +307,7 @@ void Runtime::Deadlock(const char* why) {
       // Threads that do the same, as ranges.
       const auto text_of = [](const Fiber& f) {
         return std::string(f.doing) + (f.site.line ? " at " + NameOf(f.site) : "") +
-               (f.detail.empty() ? "" : " " + f.detail);
+               (f.mask == 0 ? "" : " with mask " + Hex(f.mask));
       };
       const auto& fibers = block->fibers;
       for (size_t t = 0; t < fibers.size();) {

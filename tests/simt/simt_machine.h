@@ -57,12 +57,10 @@ class SimtMachine {
   simt::Device& device() { return device_; }
 
  private:
-  /// Every other seed has a slow rank. The kernels hand what one lane acquired to its warp by
-  /// shuffles and votes.
+  /// Every other seed has a slow rank.
   static simt::Options OptionsOf(int num_ranks, uint64_t seed) {
     simt::Options options;
     options.seed = seed;
-    options.collectives_order_memory = true;
     options.slow_rank = seed % 2 == 0 ? -1 : static_cast<int>(seed / 2 % num_ranks);
     return options;
   }

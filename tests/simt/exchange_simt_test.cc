@@ -1,0 +1,137 @@
+// The exchange kernels in the emulator, against the host's.
+#include "tests/kernels/exchange_sweep.h"
+#include "tests/simt/simt_machine.h"
+
+namespace wideep {
+namespace testing {
+namespace {
+
+using check::Context;
+using Ranks = VirtualRanks<SimtMachine>;
+
+GroupSettings Small(int num_ranks) {
+  GroupSettings group;
+  group.num_ranks = num_ranks;
+  group.num_experts = 4 * num_ranks;
+  group.num_sms = 2;
+  // Never: a deadlock is reported with where every thread waits.
+  group.deadline_s = 1e9;
+  return group;
+}
+
+TEST(OneRank) {
+  Random random(1);
+  Ranks ranks(Small(1));
+  ExchangeCase c;
+  c.num_tokens = 9;
+  RunExchangeCase(ranks, c, random);
+}
+
+TEST(EveryForm) {
+  uint64_t seed = 0;
+  for (const bool zero_copy : {true, false}) {
+    for (const auto dispatch : {DispatchForm::kPush, DispatchForm::kPull}) {
+      for (const auto combine : {CombineForm::kPull, CombineForm::kPush}) {
+        GroupSettings group = Small(3);
+        group.zero_copy = zero_copy;
+        Random random(++seed);
+        Ranks ranks(group, seed);
+        ExchangeCase c;
+        c.num_tokens = 11;
+        c.dispatch_form = dispatch;
+        c.combine_form = combine;
+        RunExchangeCase(ranks, c, random);
+      }
+    }
+  }
+}
+
+TEST(RandomShapes) { RunRandomExchanges<SimtMachine>(4, 100, 16, 128, 2, 0); }
+
+TEST(RandomShapesWithDelays) { RunRandomExchanges<SimtMachine>(2, 1000, 12, 80, 2, 50); }
+
+// ---- ranks that do not come, or that go ----
+
+struct Exchange {
+  explicit Exchange(Ranks& ranks, uint64_t seed) : ranks(ranks), random(seed) {}
+
+  PlanParams Plan(int rank) {
+    const GroupSettings& group = ranks.settings();
+    constexpr int64_t kTokens = 8;
+    const int64_t capacity = group.num_ranks * kTokens * group.top_k;
+    PlanParams p;
+    p.peers = ranks.context(rank);
+    p.num_tokens = kTokens;
+    p.top_k = group.top_k;
+    p.num_experts = group.num_experts;
+    p.capacity = capacity;
+    p.topk_idx = ranks.TakeCopy(rank, ChooseExperts(random, Routing::kUniform, kTokens, group.top_k,
+                                                    group.num_experts, group.num_ranks));
+    p.group_sizes = ranks.Take<int32_t>(rank, group.num_experts / group.num_ranks);
+    p.num_rows = ranks.Take<int32_t>(rank, 1);
+    p.overflow = ranks.Take<int32_t>(rank, 1);
+    p.tokens_per_expert = ranks.Take<int32_t>(rank, group.num_experts);
+    p.dest_rank = ranks.Take<int32_t>(rank, kTokens * group.top_k);
+    p.dest_row = ranks.Take<int32_t>(rank, kTokens * group.top_k);
+    p.row_source = ranks.Take<int32_t>(rank, capacity);
+    p.arrival_rows = ranks.Take<int32_t>(rank, capacity);
+    p.rows_per_source = ranks.Take<int32_t>(rank, group.num_ranks);
+    return p;
+  }
+
+  Ranks& ranks;
+  Random random;
+};
+
+/// Everyone but `missing` has a record that blames it.
+void CheckBlamed(Ranks& ranks, int missing) {
+  for (int rank = 0; rank < ranks.num_ranks(); ++rank) {
+    if (rank == missing) continue;
+    const Context context(Labelled("rank", rank));
+    const ErrorRecord& record = ranks.record(rank);
+    CHECK_EQ(record.failure, static_cast<uint32_t>(Failure::kDeadline));
+    CHECK_EQ(record.peer, missing);
+    CHECK_EQ(record.rank, rank);
+  }
+}
+
+TEST(MissingRankIsNamed) {
+  for (uint64_t seed = 1; seed <= 4; ++seed) {
+    const Context context(Labelled("seed", static_cast<int64_t>(seed)));
+    GroupSettings group = Small(3);
+    group.deadline_s = 20;
+    Ranks ranks(group, seed);
+    Exchange exchange(ranks, seed);
+    for (const int rank : {0, 2}) {
+      CHECK(LaunchPlan(exchange.Plan(rank), ranks.stream(rank)).ok());
+    }
+    if (ranks.machine().Synchronize()) CheckBlamed(ranks, 1);
+  }
+}
+
+/// In the middle of a plan, at a time that differs from seed to seed. Whoever has not finished by
+/// then gives up.
+TEST(KilledRankIsNamed) {
+  int num_blamed = 0;
+  for (uint64_t seed = 1; seed <= 12; ++seed) {
+    const Context context(Labelled("seed", static_cast<int64_t>(seed)));
+    GroupSettings group = Small(2);
+    group.deadline_s = 20;
+    group.zero_copy = seed % 3 != 0;
+    Ranks ranks(group, seed);
+    Exchange exchange(ranks, seed);
+    for (int rank = 0; rank < 2; ++rank) {
+      CHECK(LaunchPlan(exchange.Plan(rank), ranks.stream(rank)).ok());
+    }
+    ranks.machine().device().KillAt(1, seed * 50'000);
+    if (!ranks.machine().Synchronize()) continue;
+    if (ranks.record(0).failure == 0) continue;
+    ++num_blamed;
+    CheckBlamed(ranks, 1);
+  }
+  CHECK(num_blamed > 0);
+}
+
+}  // namespace
+}  // namespace testing
+}  // namespace wideep
