@@ -6,6 +6,7 @@ Arrays of all ranks carry a leading axis of ranks.
 import dataclasses
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -87,6 +88,20 @@ def combine(y: np.ndarray, row_weights: np.ndarray, plan: Plan) -> np.ndarray:
         if rank >= 0:
             out[at[:2]] += np.float64(row_weights[rank, row]) * y[rank, row].astype(np.float64)
     return out
+
+
+def quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By ml_dtypes, in float32 as the wire format defines it."""
+    blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, 128)
+    amax = np.maximum(np.abs(blocks).max(axis=-1), np.float32(1e-30))
+    scales = amax * (np.float32(1) / np.float32(448))
+    q = (blocks * (np.float32(1) / scales)[..., None]).astype(ml_dtypes.float8_e4m3fn)
+    return q.reshape(x.shape), scales
+
+
+def dequantize(q: np.ndarray, scales: np.ndarray, dtype) -> np.ndarray:
+    blocks = q.astype(np.float32).reshape(*scales.shape, 128) * scales[..., None]
+    return blocks.reshape(q.shape).astype(dtype)
 
 
 def dense_moe(x, topk_idx, topk_weights, wi, wo, activate):

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import oracle
 import pytest
@@ -27,20 +26,6 @@ def expected_rows(x, topk_idx, num_experts, chunk):
             row_source[expert, counts[expert]] = source
             counts[expert] += 1
     return rows, counts, row_source
-
-
-def quantize_numpy(x):
-    """By ml_dtypes, in float32 as the wire format defines it."""
-    blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, 128)
-    amax = np.maximum(np.abs(blocks).max(axis=-1), np.float32(1e-30))
-    scales = amax * (np.float32(1) / np.float32(448))
-    q = (blocks * (np.float32(1) / scales)[..., None]).astype(ml_dtypes.float8_e4m3fn)
-    return q.reshape(x.shape), scales
-
-
-def dequantize_numpy(q, scales, dtype):
-    blocks = q.astype(np.float32).reshape(*scales.shape, 128) * scales[..., None]
-    return blocks.reshape(q.shape).astype(dtype)
 
 
 def flat(*arrays):
@@ -77,7 +62,7 @@ def test_any_routing(data):
         run = oracle.on_ranks(group, body)
         rows, counts, row_source, out = jax.block_until_ready(run(*flat(x, weights, topk_idx)))
 
-    sent = dequantize_numpy(*quantize_numpy(x), x.dtype) if fp8 else x
+    sent = oracle.dequantize(*oracle.quantize(x), x.dtype) if fp8 else x
     want_rows, want_counts, want_source = expected_rows(sent, topk_idx, num_experts, chunk)
     np.testing.assert_array_equal(counts, want_counts)
     np.testing.assert_array_equal(row_source, want_source)
@@ -113,7 +98,7 @@ def test_gradients(make_group, backend, dtype, fp8):
         return jnp.sum(out * cotangent.reshape(out.shape).astype(np.float32))
 
     dx, dweights = jax.grad(loss, argnums=(0, 1))(*flat(x, weights))
-    sent = dequantize_numpy(*quantize_numpy(x), x.dtype) if fp8 else x
+    sent = oracle.dequantize(*oracle.quantize(x), x.dtype) if fp8 else x
     cot64 = cotangent.astype(np.float64)
     kept = topk_idx >= 0
     want_dx = 1.5 * np.where(kept, weights, 0).sum(axis=2)[..., None] * cot64
@@ -182,7 +167,7 @@ def test_rows_left_in_fp8(make_group, backend):
         return recv.rows, recv.scales
 
     rows, scales = oracle.on_ranks(group, body)(*flat(x, topk_idx))
-    q, want_scales = quantize_numpy(x)
+    q, want_scales = oracle.quantize(x)
     assert rows.dtype == jnp.float8_e4m3fn and scales.dtype == jnp.float32
     want_rows, _, _ = expected_rows(q.view(np.uint8), topk_idx, 4, 3)
     np.testing.assert_array_equal(np.asarray(rows).view(np.uint8), want_rows)
@@ -231,8 +216,8 @@ def test_wire_format_agrees_with_ml_dtypes(make_group, backend, dtype):
 
     rows, scales = oracle.on_ranks(group, body)(x)
     with np.errstate(invalid="ignore", over="ignore"):
-        q, want_scales = quantize_numpy(x)
-        back = dequantize_numpy(q, want_scales, np.float32)
+        q, want_scales = oracle.quantize(x)
+        back = oracle.dequantize(q, want_scales, np.float32)
     got_back = np.asarray(dequantize(rows[0], scales[0], jnp.float32))
     finite = np.isfinite(x.astype(np.float32).reshape(64, -1, 128)).all(axis=-1)
     np.testing.assert_array_equal(np.asarray(scales)[0][finite], want_scales[finite])

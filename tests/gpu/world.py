@@ -1,0 +1,78 @@
+"""The ranks of a job that launch.py runs, one for each process; or, without it, ranks on devices of this process.
+
+python tests/gpu/launch.py 8 script.py            eight GPU ranks
+WIDEEP_CPU_RANKS=8 python script.py                eight CPU ranks in one process, to try the script itself
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jax_wideep as wep
+from jax_wideep import _ffi
+
+AXIS = "expert"
+
+
+class World:
+    """All ranks, and those of this process.
+
+    Arrays of all ranks carry a leading axis of ranks in NumPy; on devices it is folded into the next one and split
+    over the mesh.
+    """
+
+    def __init__(self) -> None:
+        self.process = int(os.environ.get("WIDEEP_PROCESS", 0))
+        self.num_processes = int(os.environ.get("WIDEEP_NUM_PROCESSES", 1))
+        cpu_ranks = int(os.environ.get("WIDEEP_CPU_RANKS", 0))
+        if cpu_ranks:
+            os.environ["JAX_PLATFORMS"] = "cpu"
+            jax.config.update("jax_platforms", "cpu")
+            wep.use_cpu_devices(cpu_ranks)
+        elif self.num_processes > 1:
+            jax.distributed.initialize(
+                os.environ["WIDEEP_COORDINATOR"], self.num_processes, self.process, local_device_ids=[0]
+            )
+        self.backend = os.environ.get("WIDEEP_BACKEND", "cpu" if cpu_ranks else "cuda")
+        self.devices = np.array(jax.devices())
+        self.num_ranks = len(self.devices)
+        self.mesh = Mesh(self.devices, (AXIS,))
+        self.local_ranks = [r for r, d in enumerate(self.devices) if d.process_index == jax.process_index()]
+        self._barriers = 0
+
+    def group(self, **settings: Any) -> wep.ExpertGroup:
+        return wep.ExpertGroup(self.mesh, axis=AXIS, **{"backend": self.backend, **settings})
+
+    def put(self, array: np.ndarray) -> jax.Array:
+        """[ranks, n, ..] -> a global array [ranks * n, ..]; no collective is involved."""
+        flat = array.reshape(-1, *array.shape[2:])
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        return jax.make_array_from_callback(flat.shape, sharding, lambda at: flat[at])
+
+    def local(self, array: jax.Array) -> dict[int, np.ndarray]:
+        """What each rank of this process holds of a global array."""
+        rank_of = {device: rank for rank, device in enumerate(self.devices)}
+        return {rank_of[shard.device]: np.asarray(shard.data) for shard in array.addressable_shards}
+
+    def on_ranks(self, body: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:
+        """`body` on every rank's shards, jitted."""
+        spec = PartitionSpec(AXIS)
+        return jax.jit(jax.shard_map(body, mesh=self.mesh, in_specs=spec, out_specs=spec), **jit_options)
+
+    def barrier(self, timeout_s: float = 60, absent: Sequence[int] = ()) -> None:
+        """Until all processes but `absent` have come."""
+        self._barriers += 1
+        if self.num_processes > 1:
+            present = [p for p in range(self.num_processes) if p not in absent]
+            name = f"wideep_test_barrier_{self._barriers}"
+            _ffi.coordination_client().wait_at_barrier(name, int(timeout_s * 1e3), present)
+
+    def say(self, text: str) -> None:
+        if self.process == 0:
+            print(text, flush=True)
