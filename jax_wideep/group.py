@@ -268,7 +268,8 @@ def _open_transport(
     names = [
         field.name for field in dataclasses.fields(_peer_transport.PeerSettings) if field.name != "devices"
     ]
-    settings = {name: getattr(group, name) for name in names}
+    values = {name: getattr(group, name) for name in names}
+    settings = {name: v.item() if isinstance(v, np.generic) else v for name, v in values.items()}
     try:
         return backend, _peer_transport.connect(_peer_transport.PeerSettings(devices=devices, **settings))
     except _peer_transport.UnavailableError as error:
