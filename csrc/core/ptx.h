@@ -145,6 +145,29 @@ __device__ inline void cp_async_bulk_store(void* pointer, uint32_t smem, uint32_
                : "memory");
 }
 
+/// What L2 drops first: rows that nobody reads soon.
+__device__ inline uint64_t createpolicy_l2_evict_first() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+/// What L2 drops last: slots that are read soon and written again.
+__device__ inline uint64_t createpolicy_l2_evict_last() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+/// As cp_async_bulk_store, with a policy for the lines of L2 that it writes.
+__device__ inline void cp_async_bulk_store_cache_hint(void* pointer, uint32_t smem, uint32_t bytes,
+                                                      uint64_t policy) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::
+                   "l"(pointer),
+               "r"(smem), "r"(bytes), "l"(policy)
+               : "memory");
+}
+
 /// Waits until at most `kPending` of this thread's groups have yet to finish their writes.
 template <int kPending>
 __device__ inline void cp_async_bulk_wait_group() {

@@ -19,7 +19,8 @@ class BulkPipe {
   /// `buffers`: num_stages * piece_bytes of this warp's shared memory, `barriers`: num_stages of
   /// them.
   __device__ BulkPipe(char* buffers, uint64_t* barriers, int piece_bytes, int num_stages)
-      : buffers_(ptx::SharedAddress(buffers)),
+      : generic_buffers_(buffers),
+        buffers_(ptx::SharedAddress(buffers)),
         barriers_(ptx::SharedAddress(barriers)),
         piece_bytes_(piece_bytes),
         num_stages_(num_stages),
@@ -31,8 +32,7 @@ class BulkPipe {
     __syncwarp();
   }
 
-  /// Pieces under way or waiting to be stored.
-  __device__ int pending() const { return loaded_ - stored_; }
+  __device__ int piece_bytes() const { return piece_bytes_; }
   __device__ int num_stages() const { return num_stages_; }
 
   __device__ void Load(const char* from, uint32_t num_bytes) {
@@ -54,8 +54,13 @@ class BulkPipe {
     }
   }
 
+  /// To a place that nobody reads soon.
   __device__ void Store(char* to, uint32_t num_bytes) {
-    ptx::cp_async_bulk_store(to, buffers_ + stored_ % num_stages_ * piece_bytes_, num_bytes);
+    ptx::cp_async_bulk_store_cache_hint(to, Oldest(), num_bytes, evict_first_);
+  }
+  /// To a place that is read at once, and should stay in L2 until then.
+  __device__ void StoreForReading(char* to, uint32_t num_bytes) {
+    ptx::cp_async_bulk_store_cache_hint(to, Oldest(), num_bytes, ptx::createpolicy_l2_evict_last());
   }
 
   __device__ void Release() {
@@ -63,9 +68,20 @@ class BulkPipe {
     ++stored_;
   }
 
+  /// Instead of Store and Release: the oldest piece, to be read by ordinary loads, and the end of
+  /// that. The next Load has a warp barrier before it overwrites the buffer.
+  __device__ const char* Data() const {
+    return generic_buffers_ + stored_ % num_stages_ * piece_bytes_;
+  }
+  __device__ void Drop() { ++stored_; }
+
  private:
+  __device__ uint32_t Oldest() const { return buffers_ + stored_ % num_stages_ * piece_bytes_; }
+
+  const char* const generic_buffers_;
   const uint32_t buffers_;
   const uint32_t barriers_;
+  const uint64_t evict_first_ = ptx::createpolicy_l2_evict_first();
   const int piece_bytes_;
   const int num_stages_;
   const int lane_;

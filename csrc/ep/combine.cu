@@ -27,7 +27,7 @@ Status LaunchSum(const CombineParams& p, const char* op, cudaStream_t stream) {
   const auto kernel = p.dtype == DType::kBF16  ? CombineKernel<DType::kBF16, kWeighted>
                       : p.dtype == DType::kF16 ? CombineKernel<DType::kF16, kWeighted>
                                                : CombineKernel<DType::kF32, kWeighted>;
-  return Launch(kernel, NumBlocks(p.num_tokens, p.peers), kCombineThreads, sizeof(CombineShared),
+  return Launch(kernel, NumBlocks(p.num_tokens, p.peers), kCombineThreads, CombineShared::kNumBytes,
                 stream, p, op);
 }
 
@@ -44,7 +44,7 @@ Status LaunchCombineGrad(const CombineGradParams& p, cudaStream_t stream) {
   const auto kernel = p.dtype == DType::kBF16  ? CombineGradKernel<DType::kBF16>
                       : p.dtype == DType::kF16 ? CombineGradKernel<DType::kF16>
                                                : CombineGradKernel<DType::kF32>;
-  return Launch(kernel, NumBlocks(p.num_tokens, p.peers), kCombineThreads, sizeof(CombineShared),
+  return Launch(kernel, NumBlocks(p.num_tokens, p.peers), kCombineThreads, CombineShared::kNumBytes,
                 stream, p, kOp);
 }
 

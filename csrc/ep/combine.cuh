@@ -13,6 +13,7 @@
 #include "csrc/core/launch.cuh"
 #include "csrc/ep/arrivals.cuh"
 #include "csrc/ep/combine.h"
+#include "csrc/ep/combine_order.cuh"
 #include "csrc/ep/ring.cuh"
 #include "csrc/ep/row_sum.cuh"
 #include "csrc/ep/zero_tail.cuh"
@@ -25,27 +26,22 @@ constexpr int kWarpsPerGroup = kWarpsPerBlock / kCombineGroupsPerBlock;
 struct CombineShared {
   char* here[kMaxPublished * kMaxRanks];
   uint32_t flags[kProtocolFlags];
-  SumList lists[kWarpsPerBlock];
+  static constexpr int kBarriersPerWarp = 5;
+  uint64_t barriers[kWarpsPerBlock * kBarriersPerWarp];
+  // Followed, from kBuffers on, by kBytesPerWarp for each warp: rows or sums on their way through
+  // rings, or else a SumList.
+
+  static constexpr int64_t kBuffers = 1024;
+  static constexpr int64_t kBytesPerWarp = (232448 - kBuffers) / kWarpsPerBlock / 512 * 512;
+  static constexpr int64_t kNumBytes = kBuffers + kWarpsPerBlock * kBytesPerWarp;
+  __device__ char* buffer(int warp) {
+    return reinterpret_cast<char*>(this) + kBuffers + warp * kBytesPerWarp;
+  }
+  __device__ SumList& list(int warp) { return *reinterpret_cast<SumList*>(buffer(warp)); }
 };
+static_assert(sizeof(CombineShared) <= CombineShared::kBuffers);
 
 // ---- pull ----
-
-/// The selections of one token in order of (rank, k). Lane k brings its destination rank, -1 for
-/// none; gets back its place, and how many there are.
-struct SumOrder {
-  int place;
-  int count;
-};
-__device__ __forceinline__ SumOrder OrderByRank(int32_t dst, int top_k) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t valid = __ballot_sync(~0u, dst >= 0);
-  int place = 0;
-  for (int k = 0; k < top_k; ++k) {
-    const int32_t other = __shfl_sync(~0u, dst, k);
-    if ((valid >> k & 1) != 0 && (other < dst || (other == dst && k < lane))) ++place;
-  }
-  return {place, __popc(valid)};
-}
 
 template <DType kDType, bool kWeighted>
 __device__ void PullSums(const CombineParams& p, char* const* y, float* const* row_scalars,
@@ -67,21 +63,107 @@ __device__ void PullSums(const CombineParams& p, char* const* y, float* const* r
     }
     if (!kWeighted && lane < p.top_k) p.dweights[s] = scalar;
     __syncwarp();
-    SumRows<kDType, kWeighted>(p.out + token * row_bytes, list, order.count, row_bytes, lane, 32);
+    SumRows<kDType, kWeighted>(p.out + token * row_bytes, list, order.count, 0,
+                               static_cast<int>(row_bytes), lane, 32);
     __syncwarp();  // the list is read
   }
 }
 
 // ---- push ----
 
+/// Sums the rows of one token, whose pieces stream through shared memory, and copies the sum into a
+/// slot. Lane i < count has row i and its weight.
+template <DType kDType, bool kWeighted>
+class SumSender {
+ public:
+  static constexpr int kPieceBytes = 2048;
+  static constexpr int kNumOutputs = 2;
+  static constexpr int kNumInputs =
+      static_cast<int>(CombineShared::kBytesPerWarp / kPieceBytes) - kNumOutputs;
+
+  /// `buffer`: CombineShared::kBytesPerWarp of this warp; `barriers`: kNumInputs of them.
+  __device__ SumSender(char* buffer, uint64_t* barriers)
+      : inputs_(buffer, barriers, kPieceBytes, kNumInputs),
+        outputs_(buffer + kNumInputs * kPieceBytes),
+        lane_(threadIdx.x % 32) {}
+
+  /// `before_first_store()` runs once the first piece is summed.
+  template <typename BeforeFirstStore>
+  __device__ void Sum(const char* own_row, float own_weight, int count, int row_bytes, char* to,
+                      BeforeFirstStore before_first_store) {
+    constexpr int kColumns = kPieceBytes / 512;
+    const int num_pieces = (row_bytes + kPieceBytes - 1) / kPieceBytes;
+    int load_row = 0;
+    int load_piece = 0;
+    const auto load_next = [&] {
+      if (load_piece == num_pieces) return;
+      const auto* row = reinterpret_cast<const char*>(
+          __shfl_sync(~0u, reinterpret_cast<unsigned long long>(own_row), load_row));
+      const int at = load_piece * kPieceBytes;
+      inputs_.Load(row + at, min(kPieceBytes, row_bytes - at));
+      if (++load_row == count) {
+        load_row = 0;
+        ++load_piece;
+      }
+    };
+    for (int i = 1; i < kNumInputs; ++i) load_next();
+
+    for (int piece = 0; piece < num_pieces; ++piece) {
+      const int bytes = min(kPieceBytes, row_bytes - piece * kPieceBytes);
+      float sum[kColumns][kVectorElems<kDType>] = {};
+      for (int i = 0; i < count; ++i) {
+        load_next();
+        const float weight = kWeighted ? __shfl_sync(~0u, own_weight, i) : 1.0f;
+        inputs_.Wait();
+        const char* data = inputs_.Data();
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          const int at = (lane_ + 32 * c) * 16;
+          if (at < bytes) {
+            AddTerm<kDType, kWeighted>(*reinterpret_cast<const int4*>(data + at), weight, sum[c]);
+          }
+        }
+        inputs_.Drop();
+      }
+      if (piece == 0) before_first_store();
+      // The store before the last one has read its buffer.
+      if (lane_ == 0) ptx::cp_async_bulk_wait_group_read<kNumOutputs - 1>();
+      __syncwarp();
+      char* const output = outputs_ + num_stored_++ % kNumOutputs * kPieceBytes;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const int at = (lane_ + 32 * c) * 16;
+        if (at < bytes) *reinterpret_cast<int4*>(output + at) = Pack<kDType>(sum[c]);
+      }
+      ptx::fence_proxy_async_shared_cta();
+      __syncwarp();
+      if (lane_ == 0) {
+        ptx::cp_async_bulk_store_cache_hint(to + piece * kPieceBytes, ptx::SharedAddress(output),
+                                            bytes, evict_last_);
+        ptx::cp_async_bulk_commit_group();
+      }
+    }
+  }
+
+ private:
+  BulkPipe inputs_;
+  char* const outputs_;
+  const int lane_;
+  const uint64_t evict_last_ = ptx::createpolicy_l2_evict_last();
+  uint32_t num_stored_ = 0;
+};
+
 /// The expert rank's end: one warp, one ring, the tokens of `home` in the channel.
 template <DType kDType, bool kWeighted>
 __device__ bool SendSums(const CombineParams& p, Exchange& exchange, const RingRole& role, int home,
-                         int channel, SumList& list) {
+                         int channel, CombineShared& shared) {
   const int lane = threadIdx.x % 32;
-  const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
+  const int warp = threadIdx.x / 32;
+  const auto row_bytes = static_cast<int>(p.hidden * static_cast<int64_t>(SizeOf(kDType)));
   const int64_t header_bytes = RingHeaderBytes(p.top_k);
   RingSender ring(exchange, home, channel, header_bytes + row_bytes);
+  SumSender<kDType, kWeighted> sender(shared.buffer(warp),
+                                      shared.barriers + warp * CombineShared::kBarriersPerWarp);
   const TokenRange range = TokensOfChannel(p.num_tokens, channel, role.num_channels);
   const SourceArrivals arrivals(p.plan, home, p.top_k);
   const auto first_source = [&](int64_t token) {
@@ -89,28 +171,29 @@ __device__ bool SendSums(const CombineParams& p, Exchange& exchange, const RingR
   };
   const int32_t end = arrivals.LowerBound(first_source(range.end));
   int32_t at = arrivals.LowerBound(first_source(range.begin));
+  // All rows of a token: at most top_k, so the 32 that begin with its first hold them.
+  Arrivals next = arrivals.At(at);
   while (at < end) {
-    // All rows of the next token: at most top_k, so the 32 that begin with its first hold them.
-    Arrivals a = arrivals.At(at);
-    const int32_t token = __shfl_sync(~0u, a.token, 0);
-    const uint32_t lanes = __ballot_sync(~0u, a.token == token);
-    const int count = __popc(lanes);
+    const Arrivals now = next;
+    const int32_t token = __shfl_sync(~0u, now.token, 0);
+    const int count = __popc(__ballot_sync(~0u, now.token == token));
+    at += count;
+    next = arrivals.At(at);  // early: two dependent loads
+    const float scalar = lane < count ? p.row_scalars[now.row] : 0;
     RingHeader* slot = ring.Slot();
     if (slot == nullptr) return false;
     if (lane < count) {
-      const float scalar = p.row_scalars[a.row];
-      list.rows[lane] = p.y + a.row * row_bytes;
-      list.weights[lane] = scalar;
-      slot->words()[lane] = a.source % p.top_k;
+      slot->words()[lane] = now.source % p.top_k;
       slot->words()[p.top_k + lane] = __float_as_int(scalar);
     }
     if (lane == 0) slot->num_rows = count;
-    __syncwarp();
-    SumRows<kDType, kWeighted>(reinterpret_cast<char*>(slot) + header_bytes, list, count, row_bytes,
-                               lane, 32);
-    ring.Push();
-    at += count;
+    sender.Sum(p.y + max(now.row, 0) * int64_t{row_bytes}, scalar, count, row_bytes,
+               reinterpret_cast<char*>(slot) + header_bytes,
+               // The token before: its copies have had the time of this one's first piece.
+               [&] { ring.Flush(); });
+    ring.Defer();
   }
+  ring.Flush();
   return true;
 }
 
@@ -139,6 +222,8 @@ __device__ bool ReceiveSums(const CombineParams& p, Exchange& exchange, const Ri
     const bool sends = ranks >> lane & 1;
     const bool came = !sends || ring.Wait();
     if (!__all_sync(~0u, came)) return false;
+    // One token late: by now its sums are written, and the release need not wait for them.
+    if (first_warp && lane < num_ranks) ring.Free();
     if (sends) {
       const RingHeader* slot = ring.Slot();
       list.rows[__popc(ranks & ((1u << lane) - 1))] =
@@ -151,31 +236,37 @@ __device__ bool ReceiveSums(const CombineParams& p, Exchange& exchange, const Ri
       }
     }
     __syncwarp();
-    SumRows<kDType, /*kWeighted=*/false>(p.out + token * row_bytes, list, __popc(ranks), row_bytes,
-                                         threadIdx.x % kGroupThreads, kGroupThreads);
+    SumRows<kDType, /*kWeighted=*/false>(p.out + token * row_bytes, list, __popc(ranks), 0,
+                                         static_cast<int>(row_bytes), threadIdx.x % kGroupThreads,
+                                         kGroupThreads);
     // All warps of the group have read the slots.
     ptx::bar_sync(1 + group, kGroupThreads);
-    if (sends) ring.Pop(first_warp);
+    if (sends) ring.Pop(/*frees=*/false);
   }
-  if (first_warp && lane < num_ranks) ring.Store();
+  // A group without tokens meets no barrier: its other warps may still read the count.
+  if (first_warp && lane < num_ranks && range.begin < range.end) {
+    ring.Free();
+    ring.Store();
+  }
   return true;
 }
 
 template <DType kDType, bool kWeighted>
-__device__ bool PushSums(const CombineParams& p, Exchange& exchange, SumList& list) {
+__device__ bool PushSums(const CombineParams& p, Exchange& exchange, CombineShared& shared,
+                         SumList& list) {
   const RingRole role(exchange.num_ranks());
   if (!role.sends) return ReceiveSums<kDType, kWeighted>(p, exchange, role, list);
   const int home = role.Warp() % exchange.num_ranks();
   const int channel = role.Warp() / exchange.num_ranks();
   if (channel >= role.num_channels) return true;
-  return SendSums<kDType, kWeighted>(p, exchange, role, home, channel, list);
+  return SendSums<kDType, kWeighted>(p, exchange, role, home, channel, shared);
 }
 
 template <DType kDType, bool kWeighted>
 __global__ void __launch_bounds__(kCombineThreads, 1)
     CombineKernel(const __grid_constant__ CombineParams p) {
   CombineShared& shared = *reinterpret_cast<CombineShared*>(DynamicShared());
-  SumList& list = shared.lists[threadIdx.x / 32];
+  SumList& list = shared.list(threadIdx.x / 32);
   Exchange exchange(p.peers, kWeighted ? ExchangeOp::kCombine : ExchangeOp::kDispatchGrad);
   const void* mine[2] = {p.y, p.row_scalars};
   bool all_mapped;
@@ -183,7 +274,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   if (all_mapped && p.form == CombineForm::kPull) {
     PullSums<kDType, kWeighted>(p, shared.here,
                                 reinterpret_cast<float* const*>(shared.here + kMaxRanks), list);
-  } else if (!PushSums<kDType, kWeighted>(p, exchange, list)) {
+  } else if (!PushSums<kDType, kWeighted>(p, exchange, shared, list)) {
     return;
   }
   exchange.Finish(shared.flags);
@@ -263,7 +354,7 @@ __device__ void PullDouts(const CombineGradParams& p, char* const* dout) {
   if (stripe >= warps_per_source) return;
   const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
   const SourceArrivals arrivals(p.plan, src, p.top_k);
-  ForEachToken(arrivals, arrivals.begin() + 32 * stripe, arrivals.end(), 32 * warps_per_source,
+  ForEachToken(arrivals, stripe, warps_per_source,
                [&](const Arrivals& a, uint32_t lanes, int leader) {
                  const int64_t token = __shfl_sync(~0u, a.token, leader) - src * p.num_tokens;
                  // Its rows are those of consecutive lanes.
@@ -273,17 +364,19 @@ __device__ void PullDouts(const CombineGradParams& p, char* const* dout) {
 }
 
 template <DType kDType>
-__device__ bool DoutsThroughRings(const CombineGradParams& p, Exchange& exchange) {
+__device__ bool DoutsThroughRings(const CombineGradParams& p, Exchange& exchange, BulkPipe& pipe) {
   const int lane = threadIdx.x % 32;
   const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
   const RingTokens tokens{p.num_tokens, p.top_k,   p.plan.dest_rank, p.plan.dest_row,
                           p.dout,       row_bytes, nullptr};
-  return SendTokensThroughRings(exchange, tokens, nullptr,
-                                [&](const RingHeader& header, const char* dout, int) {
-                                  const int32_t num_rows = header.num_rows;
-                                  const int32_t row = header.words()[min(lane, num_rows - 1)];
-                                  ScaleAndDot<kDType>(p, dout, row, num_rows, lane);
-                                });
+  return SendTokensThroughRings(
+      exchange, tokens, nullptr, &pipe,
+      [&](const RingHeader& header, const char* dout, int, auto free_slot) {
+        const int32_t num_rows = header.num_rows;
+        const int32_t row = header.words()[min(lane, num_rows - 1)];
+        ScaleAndDot<kDType>(p, dout, row, num_rows, lane);
+        free_slot();
+      });
 }
 
 template <DType kDType>
@@ -296,8 +389,11 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   if (!exchange.Begin(mine, shared.here, shared.flags, all_mapped)) return;
   if (all_mapped) {
     PullDouts<kDType>(p, shared.here);
-  } else if (!DoutsThroughRings<kDType>(p, exchange)) {
-    return;
+  } else {
+    const int warp = threadIdx.x / 32;
+    BulkPipe pipe(shared.buffer(warp), shared.barriers + warp * CombineShared::kBarriersPerWarp,
+                  static_cast<int>(CombineShared::kBytesPerWarp), 1);
+    if (!DoutsThroughRings<kDType>(p, exchange, pipe)) return;
   }
   if (p.zero_tail) {
     ZeroTail(p.dy, p.drow_weights, *p.plan.num_rows, p.capacity,

@@ -93,32 +93,31 @@ __device__ inline void PullRows(const DispatchParams& p, const char* const* x,
   const int32_t first_source = static_cast<int32_t>(src * p.num_tokens * p.top_k);
 
   const SourceArrivals arrivals(p.plan, src, p.top_k);
-  ForEachToken(arrivals, arrivals.begin() + 32 * stripe, arrivals.end(), 32 * warps_per_source,
-               [&](const Arrivals& a, uint32_t lanes, int leader) {
-                 const bool mine = lanes >> lane & 1;
-                 const int64_t token = __shfl_sync(~0u, a.token, leader) - src * p.num_tokens;
-                 const char* from = x[src] + token * p.row_bytes;
-                 if (mine) p.row_weights[a.row] = weights[src][a.source - first_source];
-                 for (int piece = 0; piece < pieces + pipe.num_stages() - 1; ++piece) {
-                   const auto bytes_of = [&](int i) {
-                     return static_cast<uint32_t>(
-                         min(int64_t{p.piece_bytes}, p.row_bytes - int64_t{i} * p.piece_bytes));
-                   };
-                   if (piece < pieces)
-                     pipe.Load(from + int64_t{piece} * p.piece_bytes, bytes_of(piece));
-                   const int out = piece - (pipe.num_stages() - 1);
-                   if (out < 0) continue;
-                   pipe.Wait();
-                   if (mine) {
-                     pipe.Store(p.rows + a.row * p.row_bytes + int64_t{out} * p.piece_bytes,
-                                bytes_of(out));
-                   }
-                   pipe.Release();
-                 }
-               });
+  ForEachToken(
+      arrivals, stripe, warps_per_source, [&](const Arrivals& a, uint32_t lanes, int leader) {
+        const bool mine = lanes >> lane & 1;
+        const int64_t token = __shfl_sync(~0u, a.token, leader) - src * p.num_tokens;
+        const char* from = x[src] + token * p.row_bytes;
+        if (mine) p.row_weights[a.row] = weights[src][a.source - first_source];
+        for (int piece = 0; piece < pieces + pipe.num_stages() - 1; ++piece) {
+          const auto bytes_of = [&](int i) {
+            return static_cast<uint32_t>(
+                min(int64_t{p.piece_bytes}, p.row_bytes - int64_t{i} * p.piece_bytes));
+          };
+          if (piece < pieces) pipe.Load(from + int64_t{piece} * p.piece_bytes, bytes_of(piece));
+          const int out = piece - (pipe.num_stages() - 1);
+          if (out < 0) continue;
+          pipe.Wait();
+          if (mine) {
+            pipe.Store(p.rows + a.row * p.row_bytes + int64_t{out} * p.piece_bytes, bytes_of(out));
+          }
+          pipe.Release();
+        }
+      });
 }
 
-__device__ inline bool DispatchThroughRings(const DispatchParams& p, Exchange& exchange) {
+__device__ inline bool DispatchThroughRings(const DispatchParams& p, Exchange& exchange,
+                                            BulkPipe& pipe) {
   const int lane = threadIdx.x % 32;
   const RingTokens tokens{p.num_tokens,
                           p.top_k,
@@ -128,14 +127,22 @@ __device__ inline bool DispatchThroughRings(const DispatchParams& p, Exchange& e
                           p.row_bytes,
                           reinterpret_cast<const int32_t*>(p.weights)};
   return SendTokensThroughRings(
-      exchange, tokens, nullptr, [&](const RingHeader& header, const char* row, int) {
-        const int32_t num_rows = header.num_rows;
-        const int32_t place = lane < num_rows ? header.words()[lane] : 0;
-        if (lane < num_rows) {
+      exchange, tokens, nullptr, &pipe,
+      [&](const RingHeader& header, const char* row, int, auto free_slot) {
+        char* to = nullptr;
+        if (lane < header.num_rows) {
+          const int64_t place = header.words()[lane];
           p.row_weights[place] = __int_as_float(header.words()[p.top_k + lane]);
+          to = p.rows + place * p.row_bytes;
         }
-        for (int i = 0; i < num_rows; ++i) {
-          CopyRow(p.rows + __shfl_sync(~0u, place, i) * p.row_bytes, row, p.row_bytes, lane);
+        for (int64_t at = 0; at < p.row_bytes; at += pipe.piece_bytes()) {
+          const auto bytes =
+              static_cast<uint32_t>(min(int64_t{pipe.piece_bytes()}, p.row_bytes - at));
+          pipe.Load(row + at, bytes);
+          pipe.Wait();
+          if (at + bytes == p.row_bytes) free_slot();
+          if (to != nullptr) pipe.Store(to + at, bytes);
+          pipe.Release();
         }
       });
 }
@@ -150,18 +157,20 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   bool all_mapped;
   if (!exchange.Begin(mine, shared.here, shared.flags, all_mapped)) return;
 
+  const int warp = threadIdx.x / 32;
+  char* const buffers = shared.buffers(warp, int64_t{p.num_stages} * p.piece_bytes);
+  uint64_t* const barriers = shared.barriers + warp * kMaxStages;
   if (all_mapped) {
-    const int warp = threadIdx.x / 32;
-    BulkPipe pipe(shared.buffers(warp, int64_t{p.num_stages} * p.piece_bytes),
-                  shared.barriers + warp * kMaxStages, p.piece_bytes, p.num_stages);
+    BulkPipe pipe(buffers, barriers, p.piece_bytes, p.num_stages);
     if (push) {
       PushRows(p, shared.here, reinterpret_cast<float* const*>(shared.here + kMaxRanks), pipe);
     } else {
       PullRows(p, shared.here, reinterpret_cast<const float* const*>(shared.here + kMaxRanks),
                pipe);
     }
-  } else if (!DispatchThroughRings(p, exchange)) {
-    return;
+  } else {
+    BulkPipe pipe(buffers, barriers, p.num_stages * p.piece_bytes, 1);
+    if (!DispatchThroughRings(p, exchange, pipe)) return;
   }
   if (p.zero_tail) {
     ZeroTail(p.rows, p.row_weights, *p.plan.num_rows, p.capacity, p.row_bytes);

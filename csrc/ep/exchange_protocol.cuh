@@ -140,7 +140,7 @@ class Exchange {
 };
 
 /// Words of shared memory that Begin, BlockBarrier and Finish use.
-constexpr int kProtocolFlags = 2;
+constexpr int kProtocolFlags = 3;
 
 template <int kBuffers>
 __device__ bool Exchange::Begin(const void* const (&mine)[kBuffers], char** here, uint32_t* flags,
@@ -150,6 +150,7 @@ __device__ bool Exchange::Begin(const void* const (&mine)[kBuffers], char** here
     // A rank gave up, now or in an op before: what was published may be stale.
     flags[0] = Aborted();
     flags[1] = 0;  // somebody's buffer is not mapped
+    flags[2] = 0;  // a thread of this block waited in vain
   }
   __syncthreads();
   const int slot = threadIdx.x;  // one thread for each peer's buffer
@@ -174,7 +175,7 @@ __device__ bool Exchange::Begin(const void* const (&mine)[kBuffers], char** here
           Phase::kPublished, peer);
       const uint32_t region = PublishedWord::Region(word);
       if (!came) {
-        flags[0] = 1;  // others that read it as 0 still come or give up by themselves
+        flags[2] = 1;
       } else if (region != PublishedWord::kNotMapped) {
         pointer = table_->regions[peer][region].here + PublishedWord::Offset(word);
       }
@@ -184,7 +185,7 @@ __device__ bool Exchange::Begin(const void* const (&mine)[kBuffers], char** here
   }
   __syncthreads();
   all_mapped = flags[1] == 0;
-  const bool ok = flags[0] == 0;
+  const bool ok = flags[0] == 0 && flags[2] == 0;
   __syncthreads();
   return ok;
 }
@@ -240,8 +241,9 @@ __device__ inline void Exchange::Finish(uint32_t* flags) {
   __syncthreads();
   if (threadIdx.x == 0) {
     control_->blocks_done = 0;
-    // A group that failed stays where it is: later kernels see the abort word and end at once.
-    if (flags[1] != 0) control_->epoch = epoch_;
+    // A group that failed stays where it is: later kernels see the abort word and end at once. A
+    // peer that failed in this op has said so before it was done.
+    if (flags[1] != 0 && !Aborted()) control_->epoch = epoch_;
   }
 }
 

@@ -73,8 +73,8 @@ class PlanBlock {
     SumWarps(0, bins_, 0);
     if (!exchange_.BlockBarrier(shared_.flags)) return false;
     SumBlocks(0, bins_, 0);
-    if (blockIdx.x == 0) SendCounts(exchange_.layout().counts, 0);
-    if (!ReadCounts(exchange_.layout().counts, 0, /*accepted=*/false)) return false;
+    if (blockIdx.x == 0) SendCounts(exchange_.layout().counts);
+    if (!ReadCounts(exchange_.layout().counts, /*accepted=*/false)) return false;
     CheckCapacity();
     if (shared_.capacity_is_short) {
       if (p_.overflow_is_error && blockIdx.x == 0) ReportOverflow();
@@ -82,8 +82,8 @@ class PlanBlock {
       SumWarps(0, p_.num_experts, 1);
       if (!exchange_.BlockBarrier(shared_.flags)) return false;
       SumBlocks(0, p_.num_experts, 1);
-      if (blockIdx.x == 0) SendCounts(exchange_.layout().accepted, 1);
-      if (!ReadCounts(exchange_.layout().accepted, 1, /*accepted=*/true)) return false;
+      if (blockIdx.x == 0) SendCounts(exchange_.layout().accepted);
+      if (!ReadCounts(exchange_.layout().accepted, /*accepted=*/true)) return false;
     }
     FirstRows();
     return true;
@@ -242,7 +242,7 @@ class PlanBlock {
     __syncthreads();
   }
 
-  __device__ void SendCounts(int64_t offset, int round) {
+  __device__ void SendCounts(int64_t offset) {
     const int32_t* totals = shared_.size(bins_, p_.num_experts);
     const int64_t words = int64_t{exchange_.num_ranks()} * p_.num_experts;
     for (int64_t i = threadIdx.x; i < words; i += blockDim.x) {
@@ -257,7 +257,7 @@ class PlanBlock {
 
   /// All ranks' counts -> base (rows of earlier sources) and size of every expert; the first time
   /// also rank_rows, and tokens_per_expert.
-  __device__ bool ReadCounts(int64_t offset, int round, bool accepted) {
+  __device__ bool ReadCounts(int64_t offset, bool accepted) {
     const int num_ranks = exchange_.num_ranks();
     const int rank = exchange_.rank();
     int32_t* const size = shared_.size(bins_, p_.num_experts);
@@ -397,17 +397,19 @@ __device__ inline bool PlaceThroughRings(const PlanParams& p, Exchange& exchange
                                          const PlanShared& shared) {
   const RingTokens tokens{p.num_tokens, p.top_k, p.dest_rank, p.dest_row, nullptr, 0, nullptr};
   const int lane = threadIdx.x % 32;
-  return SendTokensThroughRings(exchange, tokens, shared.first_arrival,
-                                [&](const RingHeader& header, const char*, int src) {
-                                  // Selections of one token for this rank arrive one after the
-                                  // other, in order of k.
-                                  if (lane >= header.num_rows) return;
-                                  const int32_t row = header.words()[lane];
-                                  const int32_t k = header.words()[p.top_k + lane];
-                                  const int64_t token = src * p.num_tokens + header.token;
-                                  p.row_source[row] = static_cast<int32_t>(token * p.top_k + k);
-                                  p.arrival_rows[header.arrival + lane] = row;
-                                });
+  return SendTokensThroughRings(
+      exchange, tokens, shared.first_arrival, nullptr,
+      [&](const RingHeader& header, const char*, int src, auto free_slot) {
+        // Selections of one token for this rank arrive one after the other, in order of k.
+        if (lane < header.num_rows) {
+          const int32_t row = header.words()[lane];
+          const int32_t k = header.words()[p.top_k + lane];
+          const int64_t token = src * p.num_tokens + header.token;
+          p.row_source[row] = static_cast<int32_t>(token * p.top_k + k);
+          p.arrival_rows[header.arrival + lane] = row;
+        }
+        free_slot();
+      });
 }
 
 __global__ void __launch_bounds__(kPlanThreads, 1)

@@ -4,16 +4,18 @@
 // One ring for each (source rank, destination rank, channel), in the destination's arena; it holds
 // kRingSlots tokens. The sending warp and the receiving end see tokens of a channel in order.
 //
-//   sender    waits until taken > sent - kRingSlots, writes a slot (header and row), and then
-//             releases `tail` = tokens put in so far. The slot's stores are covered by the warp
-//             barrier before lane 0's release.
-//   receiver  acquires `tail`, reads the slot, and then releases `head` (in the sender's arena) =
-//             tokens taken out so far, after a barrier of all that read.
+//   sender    waits until taken > sent - kRingSlots, writes a slot (header by ordinary stores of
+//   the
+//             warp, row by bulk copies of lane 0), and then releases `tail` = tokens put in so far:
+//             after the bulk copies are complete (wait_group), a proxy fence and a warp barrier.
+//             While there are rows it does so one token late, so that two are under way.
+//   receiver  acquires `tail`, fences the proxies, reads the slot, and then releases `head` (in the
+//             sender's arena) = tokens taken out so far, after a barrier of all that read.
 //   reset     nobody: both only count up. Between two ops every ring is empty, so a sender may take
 //             `head` as its own count; a receiver keeps its count in ring_taken.
 #pragma once
 
-#include "csrc/core/convert.cuh"
+#include "csrc/ep/bulk_pipe.cuh"
 #include "csrc/ep/exchange_protocol.cuh"
 
 namespace wideep {
@@ -44,22 +46,6 @@ struct RingRole {
   __device__ int Warp() const { return block * kWarpsPerBlock + threadIdx.x / 32; }
 };
 
-/// Copies a row of `num_bytes` (a multiple of 16) by one warp, several accesses in flight.
-__device__ __forceinline__ void CopyRow(char* to, const char* from, int64_t num_bytes, int lane) {
-  constexpr int kInFlight = 8;
-  for (int64_t at = lane * 16; at < num_bytes; at += kInFlight * 512) {
-    int4 bits[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (at + i * 512 < num_bytes) bits[i] = ptx::ld_global_no_allocate_v4(from + at + i * 512);
-    }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (at + i * 512 < num_bytes) ptx::st_global_v4(to + at + i * 512, bits[i]);
-    }
-  }
-}
-
 /// The sending end of one ring; used by one warp.
 class RingSender {
  public:
@@ -84,15 +70,39 @@ class RingSender {
                             Phase::kRingHead, peer_);
     }
     if (!__shfl_sync(~0u, free, 0)) return nullptr;
+    __syncwarp();              // lane 0's acquire, for all; a shuffle does not order memory
+    ptx::fence_proxy_async();  // bulk copies may overwrite what was read
     return reinterpret_cast<RingHeader*>(slots_ + sent_ % kRingSlots * slot_bytes_);
   }
 
-  /// Hands the slot over. All lanes.
-  __device__ void Push() {
-    __syncwarp();
+  /// Hands over the slot, whose row lane 0 has written by one group of bulk copies, or none of it.
+  /// The receiver sees it after the next Push or Flush. All lanes.
+  __device__ void PushLate() {
+    __syncwarp();  // the header
     ++sent_;
-    // Release: header and row.
-    if (lane_ == 0) ptx::st_release_sys_u32(tail_, sent_);
+    // All groups but this token's are complete.
+    if (lane_ == 0) {
+      ptx::cp_async_bulk_wait_group<1>();
+      ptx::fence_proxy_async();
+      // Release: headers and rows of the tokens before.
+      ptx::st_release_sys_u32(tail_, sent_ - 1);
+    }
+  }
+  /// Hands over the slot and all before. All lanes.
+  __device__ void Push() {
+    ++sent_;
+    Flush();
+  }
+  /// Ends the slot; the receiver sees it after the next Flush. All lanes.
+  __device__ void Defer() { ++sent_; }
+  /// Hands over what PushLate or Defer kept back, and waits until it is written. All lanes.
+  __device__ void Flush() {
+    __syncwarp();
+    if (lane_ == 0) {
+      ptx::cp_async_bulk_wait_group<0>();
+      ptx::fence_proxy_async();
+      ptx::st_release_sys_u32(tail_, sent_);
+    }
   }
 
  private:
@@ -135,8 +145,10 @@ class RingReceiver {
   /// comes before.
   __device__ void Pop(bool frees) {
     ++taken_;
-    if (frees) ptx::st_release_sys_u32(head_, taken_);
+    if (frees) Free();
   }
+  /// Tells the sender how far this end is.
+  __device__ void Free() { ptx::st_release_sys_u32(head_, taken_); }
   /// Remembers the count for the next op; one thread, after its last Pop.
   __device__ void Store() { *stored_count_ = taken_; }
 
@@ -163,12 +175,15 @@ struct RingTokens {
   const int32_t* words;
 };
 
-/// Every token goes once to each rank that has rows of it. `receive(header, row, src)` runs there
-/// by one warp, for every token in order. `first_arrival`, if not null: of this rank's selections
-/// at each rank, to number arrivals. All threads; false if a rank gave up.
+/// Every token goes once to each rank that has rows of it. `receive(header, row, src, free_slot)`
+/// runs there by one warp, for every token in order, and calls free_slot() once it has read the
+/// slot. `first_arrival`, if not null: of this rank's selections at each rank, to number arrivals.
+/// `pipe`, of one stage, carries the rows; null if there are none. All threads; false if a rank
+/// gave up.
 template <typename Receive>
 __device__ bool SendTokensThroughRings(Exchange& exchange, const RingTokens& t,
-                                       const int32_t* first_arrival, Receive receive) {
+                                       const int32_t* first_arrival, BulkPipe* pipe,
+                                       Receive receive) {
   const RingRole role(exchange.num_ranks());
   const int lane = threadIdx.x % 32;
   const int peer = role.Warp() % exchange.num_ranks();
@@ -183,11 +198,19 @@ __device__ bool SendTokensThroughRings(Exchange& exchange, const RingTokens& t,
       bool came = true;
       if (lane == 0) came = ring.Wait();
       if (!__shfl_sync(~0u, came, 0)) return false;
+      __syncwarp();
+      ptx::fence_proxy_async();
       const RingHeader* header = ring.Slot();
       more = header->num_rows != kRingEnd;
-      if (more) receive(*header, reinterpret_cast<const char*>(header) + header_bytes, peer);
-      __syncwarp();
-      ring.Pop(lane == 0);
+      const auto free_slot = [&] {
+        __syncwarp();
+        ring.Pop(lane == 0);
+      };
+      if (more) {
+        receive(*header, reinterpret_cast<const char*>(header) + header_bytes, peer, free_slot);
+      } else {
+        free_slot();
+      }
     }
     if (lane == 0) ring.Store();
     return true;
@@ -218,9 +241,20 @@ __device__ bool SendTokensThroughRings(Exchange& exchange, const RingTokens& t,
       header->arrival = arrival;
     }
     arrival += __popc(lanes);
-    CopyRow(reinterpret_cast<char*>(header) + header_bytes, t.rows + token * t.row_bytes,
-            t.row_bytes, lane);
-    ring.Push();
+    if (pipe == nullptr) {
+      ring.Push();
+      continue;
+    }
+    char* const slot_row = reinterpret_cast<char*>(header) + header_bytes;
+    for (int64_t at = 0; at < t.row_bytes; at += pipe->piece_bytes()) {
+      const auto bytes = static_cast<uint32_t>(min(int64_t{pipe->piece_bytes()}, t.row_bytes - at));
+      pipe->Load(t.rows + token * t.row_bytes + at, bytes);
+      pipe->Wait();
+      if (lane == 0) pipe->StoreForReading(slot_row + at, bytes);
+      pipe->Release();
+    }
+    // With several groups a token, only a full Push knows that this one's are complete.
+    t.row_bytes <= pipe->piece_bytes() ? ring.PushLate() : ring.Push();
   }
   RingHeader* header = ring.Slot();
   if (header == nullptr) return false;

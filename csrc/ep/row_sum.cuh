@@ -4,62 +4,70 @@
 #include <cstdint>
 
 #include "csrc/core/convert.cuh"
+#include "csrc/core/layout.h"
 #include "csrc/core/ptx.h"
 
 namespace wideep {
 
-/// The rows of a sum, in shared memory, in order of summation.
+/// The rows of a sum in order of summation, in shared memory.
 struct SumList {
-  const char* rows[32];
-  float weights[32];
+  const char* rows[kMaxKernelTopK];
+  float weights[kMaxKernelTopK];
 };
 
-/// out = sum of weights[i] * rows[i] (or of rows[i]) for i < num_rows, in float32, one product and
-/// one addition after the other as on the host, rounded once. `thread` of `num_threads` threads
-/// take 16 bytes each.
+/// sum += weight * values, or values: one product and one addition after the other, as on the host.
 template <DType kDType, bool kWeighted>
-__device__ __forceinline__ void SumRows(char* out, const SumList& list, int num_rows,
-                                        int64_t row_bytes, int thread, int num_threads) {
+__device__ __forceinline__ void AddTerm(int4 bits, float weight,
+                                        float (&sum)[kVectorElems<kDType>]) {
+  float values[kVectorElems<kDType>];
+  Unpack<kDType>(bits, values);
+#pragma unroll
+  for (int e = 0; e < kVectorElems<kDType>; ++e) {
+    const float term = kWeighted ? __fmul_rn(weight, values[e]) : values[e];
+    sum[e] = __fadd_rn(sum[e], term);
+  }
+}
+
+/// Bytes [begin, end) of a row: out[0..] = sum of weights[i] * rows[i] (or of rows[i]) for
+/// i < num_rows, in float32, rounded once. `thread` of `num_threads` threads take 16 bytes each.
+template <DType kDType, bool kWeighted>
+__device__ __forceinline__ void SumRows(char* out, const SumList& list, int num_rows, int begin,
+                                        int end, int thread, int num_threads) {
   constexpr int kColumns = 2;  // of 16 bytes, for each thread
   constexpr int kRows = 8;     // read before the first is used
-  constexpr int kElems = kVectorElems<kDType>;
-  const int64_t step = int64_t{num_threads} * 16;
-  for (int64_t at = thread * 16; at < row_bytes; at += kColumns * step) {
-    float sum[kColumns][kElems] = {};
+  const int step = num_threads * 16;
+#pragma unroll 1
+  for (int at = begin + thread * 16; at < end; at += kColumns * step) {
+    float sum[kColumns][kVectorElems<kDType>] = {};
+#pragma unroll 1
     for (int first = 0; first < num_rows; first += kRows) {
       int4 bits[kRows][kColumns];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (first + i < num_rows) {
-          const char* row = list.rows[first + i];
+        if (first + i >= num_rows) continue;
+        const char* row = list.rows[first + i];
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c) {
-            if (at + c * step < row_bytes) {
-              bits[i][c] = ptx::ld_global_no_allocate_v4(row + at + c * step);
-            }
+        for (int c = 0; c < kColumns; ++c) {
+          if (at + c * step < end) {
+            bits[i][c] = ptx::ld_global_no_allocate_v4(row + at + c * step);
           }
         }
       }
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (first + i < num_rows) {
-          const float weight = kWeighted ? list.weights[first + i] : 1.0f;
+        if (first + i >= num_rows) continue;
+        const float weight = kWeighted ? list.weights[first + i] : 1.0f;
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c) {
-            float values[kElems];
-            Unpack<kDType>(bits[i][c], values);
-#pragma unroll
-            for (int e = 0; e < kElems; ++e) {
-              const float term = kWeighted ? __fmul_rn(weight, values[e]) : values[e];
-              sum[c][e] = __fadd_rn(sum[c][e], term);
-            }
-          }
+        for (int c = 0; c < kColumns; ++c) {
+          AddTerm<kDType, kWeighted>(bits[i][c], weight, sum[c]);
         }
       }
     }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      if (at + c * step < row_bytes) ptx::st_global_v4(out + at + c * step, Pack<kDType>(sum[c]));
+      if (at + c * step < end) {
+        ptx::st_global_v4(out + (at - begin) + c * step, Pack<kDType>(sum[c]));
+      }
     }
   }
 }

@@ -120,6 +120,7 @@ inline void cp_async_bulk_store(void* pointer, uint32_t smem, uint32_t bytes,
   simt::BulkStore(pointer, smem, bytes, site);
 }
 inline uint64_t createpolicy_l2_evict_first() { return 0; }
+inline uint64_t createpolicy_l2_evict_last() { return 0; }
 inline void cp_async_bulk_store_cache_hint(void* pointer, uint32_t smem, uint32_t bytes, uint64_t,
                                            Site site = Site::Here()) {
   simt::BulkStore(pointer, smem, bytes, site);

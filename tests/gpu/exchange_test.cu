@@ -1,0 +1,185 @@
+// The exchange kernels with virtual ranks on one GPU, against the host's. What sanitizers and
+// profilers run on.
+#include <vector>
+
+#include "tests/gpu/cuda_machine.h"
+#include "tests/kernels/exchange_sweep.h"
+
+namespace wideep {
+namespace testing {
+namespace {
+
+using Ranks = VirtualRanks<CudaMachine>;
+
+GroupSettings EightRanks() {
+  GroupSettings group;
+  group.num_ranks = 8;
+  group.num_experts = 64;
+  group.top_k = 8;
+  group.num_sms = 16;
+  group.max_row_bytes = 4096;
+  group.pool_bytes = 256 << 20;
+  return group;
+}
+
+TEST(OneRank) {
+  GroupSettings group;
+  group.num_ranks = 1;
+  Random random(1);
+  Ranks ranks(group);
+  ExchangeCase c;
+  c.num_tokens = 37;
+  RunExchangeCase(ranks, c, random);
+}
+
+TEST(TwoRanksEveryForm) {
+  for (const bool zero_copy : {true, false}) {
+    for (const auto dispatch : {DispatchForm::kPush, DispatchForm::kPull}) {
+      for (const auto combine : {CombineForm::kPull, CombineForm::kPush}) {
+        GroupSettings group;
+        group.num_ranks = 2;
+        group.zero_copy = zero_copy;
+        Ranks ranks(group);
+        Random random(2);
+        ExchangeCase c;
+        c.num_tokens = 40;
+        c.dispatch_form = dispatch;
+        c.combine_form = combine;
+        if (!RunExchangeCase(ranks, c, random)) return;
+      }
+    }
+  }
+}
+
+TEST(EightRanksEveryRouting) {
+  for (const bool zero_copy : {true, false}) {
+    GroupSettings group = EightRanks();
+    group.zero_copy = zero_copy;
+    Ranks ranks(group);
+    Random random(3);
+    for (const Routing routing : kAllRoutings) {
+      for (const int64_t capacity : {int64_t{0}, int64_t{300}}) {
+        ExchangeCase c;
+        c.num_tokens = 100;
+        c.hidden = 64;
+        c.routing = routing;
+        c.capacity = capacity;
+        c.dispatch_form = capacity == 0 ? DispatchForm::kPull : DispatchForm::kPush;
+        c.combine_form = capacity == 0 ? CombineForm::kPush : CombineForm::kPull;
+        if (!RunExchangeCase(ranks, c, random)) return;
+      }
+    }
+  }
+}
+
+TEST(RandomShapes) { RunRandomExchanges<CudaMachine>(40, 100, 100, 300, 8, 0); }
+
+TEST(RandomShapesWithDelays) { RunRandomExchanges<CudaMachine>(40, 1000, 60, 200, 8, 300); }
+
+/// Rows of more than one piece, and a plan of more than one block.
+TEST(LargeRows) {
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    GroupSettings group = EightRanks();
+    group.num_experts = 256;
+    group.max_row_bytes = 4 * 7168;
+    group.pool_bytes = uint64_t{3} << 30;
+    Ranks ranks(group);
+    Random random(4);
+    ExchangeCase c;
+    c.num_tokens = 20;
+    c.hidden = 7168;
+    c.capacity = 200;
+    c.dtype = dtype;
+    for (const auto form : {DispatchForm::kPush, DispatchForm::kPull}) {
+      c.dispatch_form = form;
+      if (!RunExchangeCase(ranks, c, random)) return;
+    }
+  }
+}
+
+/// The same bits 200 times, whoever comes late.
+TEST(RepeatsAreBitwiseEqual) {
+  for (const bool zero_copy : {true, false}) {
+    GroupSettings group = EightRanks();
+    group.zero_copy = zero_copy;
+    group.num_sms = 8;
+    Ranks ranks(group);
+    for (int repeat = 0; repeat < 100; ++repeat) {
+      Random random(5);  // the same inputs; the host's results are the same bits each time
+      ExchangeCase c;
+      c.num_tokens = 24;
+      c.hidden = 64;
+      c.delay_us = 1 + repeat;
+      c.dispatch_form = repeat % 2 ? DispatchForm::kPull : DispatchForm::kPush;
+      if (!RunExchangeCase(ranks, c, random)) return;
+    }
+  }
+}
+
+/// A plan of `num_tokens` tokens, ready to launch on every rank.
+std::vector<PlanParams> Plans(Ranks& ranks, int64_t num_tokens,
+                              const std::vector<std::vector<int32_t>>& topk_idx) {
+  const GroupSettings& group = ranks.settings();
+  const int64_t capacity = group.num_ranks * num_tokens * group.top_k;
+  std::vector<PlanParams> plans;
+  for (int rank = 0; rank < group.num_ranks; ++rank) {
+    PlanParams p;
+    p.peers = ranks.context(rank);
+    p.num_tokens = num_tokens;
+    p.top_k = group.top_k;
+    p.num_experts = group.num_experts;
+    p.capacity = capacity;
+    p.topk_idx = ranks.TakeCopy(rank, topk_idx[rank]);
+    p.group_sizes = ranks.Take<int32_t>(rank, group.num_experts / group.num_ranks);
+    p.num_rows = ranks.Take<int32_t>(rank, 1);
+    p.overflow = ranks.Take<int32_t>(rank, 1);
+    p.tokens_per_expert = ranks.Take<int32_t>(rank, group.num_experts);
+    p.dest_rank = ranks.Take<int32_t>(rank, num_tokens * group.top_k);
+    p.dest_row = ranks.Take<int32_t>(rank, num_tokens * group.top_k);
+    p.row_source = ranks.Take<int32_t>(rank, capacity);
+    p.arrival_rows = ranks.Take<int32_t>(rank, capacity);
+    p.rows_per_source = ranks.Take<int32_t>(rank, group.num_ranks);
+    plans.push_back(p);
+  }
+  return plans;
+}
+
+TEST(MissingRankIsNamed) {
+  GroupSettings group;
+  group.num_ranks = 4;
+  group.deadline_s = 0.2;
+  Ranks ranks(group);
+  const std::vector<PlanParams> plans =
+      Plans(ranks, 4, std::vector<std::vector<int32_t>>(4, std::vector<int32_t>(16, 3)));
+  for (const int rank : {0, 1, 3}) CHECK(LaunchPlan(plans[rank], ranks.stream(rank)).ok());
+  CHECK(ranks.machine().Synchronize());
+  for (const int rank : {0, 1, 3}) {
+    CHECK_EQ(ranks.record(rank).failure, static_cast<uint32_t>(Failure::kDeadline));
+    const std::string text = Describe(ranks.record(rank), group.deadline_s, group.top_k);
+    CHECK_CONTAINS(text, "make_plan: ");
+    CHECK_CONTAINS(text, "for rank 2 to start");
+  }
+  // The GPU is as usable as before, and a later op of the group ends at once.
+  for (const int rank : {0, 1, 3}) CHECK(LaunchPlan(plans[rank], ranks.stream(rank)).ok());
+  CHECK(ranks.machine().Synchronize());
+}
+
+TEST(IndexOutOfRangeIsReportedOnEveryRank) {
+  GroupSettings group;
+  group.num_ranks = 2;
+  group.deadline_s = 5;
+  Ranks ranks(group);
+  std::vector<std::vector<int32_t>> topk_idx(2, std::vector<int32_t>(16, 3));
+  topk_idx[1][6] = group.num_experts;
+  const std::vector<PlanParams> plans = Plans(ranks, 4, topk_idx);
+  for (const int rank : {0, 1}) CHECK(LaunchPlan(plans[rank], ranks.stream(rank)).ok());
+  CHECK(ranks.machine().Synchronize());
+  CHECK_CONTAINS(Describe(ranks.record(1), group.deadline_s, group.top_k),
+                 "out of range on rank 1: got 16 at token 1, k 2");
+  CHECK_CONTAINS(Describe(ranks.record(0), group.deadline_s, group.top_k),
+                 "topk_idx out of range on rank 1");
+}
+
+}  // namespace
+}  // namespace testing
+}  // namespace wideep

@@ -1,0 +1,332 @@
+// The exchange kernels against the host's (csrc/ep/*_host), in every form, for one drawn shape.
+// Used on the GPU and in the emulator.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "csrc/ep/combine.h"
+#include "csrc/ep/combine_host.h"
+#include "csrc/ep/dispatch.h"
+#include "csrc/ep/dispatch_host.h"
+#include "csrc/ep/plan.h"
+#include "csrc/ep/plan_host.h"
+#include "tests/cpp/check.h"
+#include "tests/cpp/exchange_testing.h"
+#include "tests/cpp/number_formats.h"
+#include "tests/kernels/virtual_ranks.h"
+
+namespace wideep {
+namespace testing {
+
+struct ExchangeCase {
+  int64_t num_tokens = 8;
+  int64_t hidden = 64;
+  int64_t capacity = 0;  // 0: the worst case
+  DType dtype = DType::kBF16;
+  Routing routing = Routing::kUniform;
+  DispatchForm dispatch_form = DispatchForm::kPush;
+  CombineForm combine_form = CombineForm::kPull;
+  bool zero_tail = true;
+  int delay_us = 0;  // each rank is held up by as much at random before each op
+};
+
+inline std::string Describe(const GroupSettings& group, const ExchangeCase& c) {
+  return std::to_string(group.num_ranks) + " ranks, " + std::to_string(c.num_tokens) +
+         " tokens, top " + std::to_string(group.top_k) + ", " + std::to_string(group.num_experts) +
+         " experts, hidden " + std::to_string(c.hidden) + " " + NameOf(c.dtype) + ", capacity " +
+         std::to_string(c.capacity) + ", " + NameOf(c.routing) +
+         (c.dispatch_form == DispatchForm::kPush ? ", dispatch push" : ", dispatch pull") +
+         (c.combine_form == CombineForm::kPush ? ", combine push" : ", combine pull") +
+         (group.zero_copy ? "" : ", rings") + (c.zero_tail ? "" : ", tail left");
+}
+
+/// One rank's arrays on the host, as the host's ops fill them.
+struct HostRank {
+  std::vector<int32_t> topk_idx, group_sizes, num_rows, overflow, tokens_per_expert, dest_rank,
+      dest_row, row_source, arrival_rows, rows_per_source;
+  std::vector<float> weights, row_weights, drow_weights_in, dweights, drow_weights;
+  std::vector<char> x, rows, y, out, dx, dout, dy;
+};
+
+/// The host's results: what every form has to give.
+class HostExchange {
+ public:
+  HostExchange(const GroupSettings& group, const ExchangeCase& c, Random& random)
+      : ranks(group.num_ranks) {
+    const int64_t selections = c.num_tokens * group.top_k;
+    capacity = c.capacity > 0 ? c.capacity : group.num_ranks * selections;
+    const int64_t row_bytes = Bytes(c.dtype, c.hidden);
+    const auto rows_of = [&](int64_t count) {
+      std::vector<char> rows(count * row_bytes);
+      // Ordinary numbers: how denormals are treated is the processor's choice.
+      std::normal_distribution<double> normal;
+      for (int64_t i = 0; i < count * c.hidden; ++i) {
+        SetValueAt(c.dtype, rows.data(), i, normal(random));
+      }
+      return rows;
+    };
+    std::vector<PlanBuffers> plan;
+    std::vector<DispatchBuffers> dispatch;
+    std::vector<CombineBuffers> combine;
+    std::vector<DispatchGradBuffers> dispatch_grad;
+    std::vector<CombineGradBuffers> combine_grad;
+    for (HostRank& r : ranks) {
+      r.topk_idx = ChooseExperts(random, c.routing, c.num_tokens, group.top_k, group.num_experts,
+                                 group.num_ranks);
+      r.group_sizes.resize(group.num_experts / group.num_ranks);
+      r.num_rows.resize(1);
+      r.overflow.resize(1);
+      r.tokens_per_expert.resize(group.num_experts);
+      r.dest_rank.resize(selections);
+      r.dest_row.resize(selections);
+      r.row_source.resize(capacity);
+      r.arrival_rows.resize(capacity);
+      r.rows_per_source.resize(group.num_ranks);
+      r.x = rows_of(c.num_tokens);
+      r.dout = rows_of(c.num_tokens);
+      r.y = rows_of(capacity);
+      r.weights = RandomFloats(random, selections);
+      r.drow_weights_in = RandomFloats(random, capacity);
+      r.rows.resize(capacity * row_bytes);
+      r.dy.resize(capacity * row_bytes);
+      r.out.resize(c.num_tokens * row_bytes);
+      r.dx.resize(c.num_tokens * row_bytes);
+      r.row_weights.resize(capacity);
+      r.drow_weights.resize(capacity);
+      r.dweights.resize(selections);
+      plan.push_back({r.topk_idx.data(), r.group_sizes.data(), r.num_rows.data(), r.overflow.data(),
+                      r.tokens_per_expert.data(), r.dest_rank.data(), r.dest_row.data(),
+                      r.row_source.data(), r.arrival_rows.data(), r.rows_per_source.data()});
+      dispatch.push_back({r.x.data(), r.weights.data(), r.dest_rank.data(), r.dest_row.data(),
+                          r.num_rows.data(), r.rows.data(), r.row_weights.data()});
+      combine.push_back(
+          {r.y.data(), r.row_weights.data(), r.dest_rank.data(), r.dest_row.data(), r.out.data()});
+      dispatch_grad.push_back({r.y.data(), r.drow_weights_in.data(), r.dest_rank.data(),
+                               r.dest_row.data(), r.dx.data(), r.dweights.data()});
+      combine_grad.push_back({r.dout.data(), r.y.data(), r.row_weights.data(), r.dest_rank.data(),
+                              r.dest_row.data(), r.num_rows.data(), r.dy.data(),
+                              r.drow_weights.data()});
+    }
+    CHECK(MakePlan({group.num_ranks, c.num_tokens, group.top_k, group.num_experts, capacity, false},
+                   plan)
+              .ok());
+    WorkerPool& pool = PoolOf(0);
+    const DispatchShape shape{c.num_tokens, group.top_k, c.hidden, capacity, c.dtype, true};
+    const CombineShape sum{c.num_tokens, group.top_k, c.hidden, c.dtype};
+    Finish([&](auto done) { Dispatch(shape, dispatch, pool, done); });
+    Finish([&](auto done) { Combine(sum, combine, pool, done); });
+    Finish([&](auto done) { DispatchGrad(sum, dispatch_grad, pool, done); });
+    Finish([&](auto done) { CombineGrad(shape, combine_grad, pool, done); });
+  }
+
+  std::vector<HostRank> ranks;
+  int64_t capacity;
+};
+
+template <typename T>
+void CheckSame(const char* name, int rank, const std::vector<T>& got, const T* want,
+               int64_t count) {
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) wrong += std::memcmp(&got[i], &want[i], sizeof(T)) != 0;
+  if (wrong == 0) return;
+  const auto first = static_cast<int64_t>(
+      std::mismatch(got.begin(), got.begin() + count, want).first - got.begin());
+  check::Fail(__FILE__, __LINE__,
+              std::string(name) + " of rank " + std::to_string(rank) + ": " +
+                  std::to_string(wrong) + " of " + std::to_string(count) +
+                  " are wrong, the first at " + std::to_string(first));
+}
+
+/// Rows whose sums were rounded once more on the way.
+inline void CheckNearRows(const char* name, int rank, DType dtype, const std::vector<char>& got,
+                          const std::vector<char>& want, int64_t hidden, int top_k) {
+  const double epsilon = std::ldexp(1.0, -FormatOf(dtype).mantissa_bits);
+  const int64_t count = static_cast<int64_t>(want.size()) / static_cast<int64_t>(SizeOf(dtype));
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double w = ValueAt(dtype, want.data(), i);
+    const double g = ValueAt(dtype, got.data(), i);
+    // Terms are of ordinary size, at most top_k of them; each partial sum is off by half an ulp.
+    if (!(std::fabs(g - w) <= epsilon * (std::fabs(w) + 8 * top_k))) ++wrong;
+  }
+  if (wrong > 0) {
+    check::Fail(__FILE__, __LINE__,
+                std::string(name) + " of rank " + std::to_string(rank) + ": " +
+                    std::to_string(wrong) + " values are off");
+  }
+}
+
+/// Runs all five ops on all ranks and compares. Returns false if an op gave up.
+template <typename Machine>
+bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random& random) {
+  const GroupSettings& group = ranks.settings();
+  const check::Context context(Describe(group, c));
+  const HostExchange host(group, c, random);
+  const int64_t selections = c.num_tokens * group.top_k;
+  const int64_t capacity = host.capacity;
+  const int64_t row_bytes = Bytes(c.dtype, c.hidden);
+  ranks.ReleaseAll();
+
+  struct Device {
+    PlanParams plan;
+    DispatchParams dispatch;
+    CombineParams combine, dispatch_grad;
+    CombineGradParams combine_grad;
+  };
+  std::vector<Device> device(group.num_ranks);
+  const auto each_rank = [&](auto run) {
+    for (int rank = 0; rank < group.num_ranks; ++rank) {
+      if (c.delay_us > 0) {
+        ranks.machine().Delay(rank, static_cast<int>(Uniform(random, 0, c.delay_us)));
+      }
+      const Status status = run(rank);
+      if (!status.ok()) check::Fail(__FILE__, __LINE__, status.message());
+    }
+  };
+
+  for (int rank = 0; rank < group.num_ranks; ++rank) {
+    const HostRank& h = host.ranks[rank];
+    PlanParams& p = device[rank].plan;
+    p.peers = ranks.context(rank);
+    p.num_tokens = c.num_tokens;
+    p.top_k = group.top_k;
+    p.num_experts = group.num_experts;
+    p.capacity = capacity;
+    p.topk_idx = ranks.TakeCopy(rank, h.topk_idx);
+    p.group_sizes = ranks.template Take<int32_t>(rank, group.num_experts / group.num_ranks);
+    p.num_rows = ranks.template Take<int32_t>(rank, 1);
+    p.overflow = ranks.template Take<int32_t>(rank, 1);
+    p.tokens_per_expert = ranks.template Take<int32_t>(rank, group.num_experts);
+    p.dest_rank = ranks.template Take<int32_t>(rank, selections);
+    p.dest_row = ranks.template Take<int32_t>(rank, selections);
+    p.row_source = ranks.template Take<int32_t>(rank, capacity);
+    p.arrival_rows = ranks.template Take<int32_t>(rank, capacity);
+    p.rows_per_source = ranks.template Take<int32_t>(rank, group.num_ranks);
+    const PlanArrays plan{p.dest_rank,  p.dest_row,     p.num_rows,
+                          p.row_source, p.arrival_rows, p.rows_per_source};
+
+    DispatchParams& d = device[rank].dispatch;
+    d.peers = p.peers;
+    d.plan = plan;
+    d.form = c.dispatch_form;
+    d.num_tokens = c.num_tokens;
+    d.top_k = group.top_k;
+    d.row_bytes = row_bytes;
+    d.capacity = capacity;
+    d.zero_tail = c.zero_tail;
+    d.x = reinterpret_cast<const char*>(ranks.TakeCopy(rank, h.x));
+    d.weights = ranks.TakeCopy(rank, h.weights);
+    d.rows = ranks.template Take<char>(rank, capacity * row_bytes);
+    d.row_weights = ranks.template Take<float>(rank, capacity);
+
+    CombineParams& m = device[rank].combine;
+    m.peers = p.peers;
+    m.plan = plan;
+    m.form = c.combine_form;
+    m.dtype = c.dtype;
+    m.num_tokens = c.num_tokens;
+    m.top_k = group.top_k;
+    m.hidden = c.hidden;
+    m.y = ranks.TakeCopy(rank, h.y);
+    m.row_scalars = ranks.TakeCopy(rank, h.row_weights);
+    m.out = ranks.template Take<char>(rank, c.num_tokens * row_bytes);
+
+    CombineParams& g = device[rank].dispatch_grad;
+    g = m;
+    g.row_scalars = ranks.TakeCopy(rank, h.drow_weights_in);
+    g.out = ranks.template Take<char>(rank, c.num_tokens * row_bytes);
+    g.dweights = ranks.template Take<float>(rank, selections);
+
+    CombineGradParams& b = device[rank].combine_grad;
+    b.peers = p.peers;
+    b.plan = plan;
+    b.dtype = c.dtype;
+    b.num_tokens = c.num_tokens;
+    b.top_k = group.top_k;
+    b.hidden = c.hidden;
+    b.capacity = capacity;
+    b.zero_tail = c.zero_tail;
+    b.dout = ranks.TakeCopy(rank, h.dout);
+    b.y = m.y;
+    b.row_weights = m.row_scalars;
+    b.dy = ranks.template Take<char>(rank, capacity * row_bytes);
+    b.drow_weights = ranks.template Take<float>(rank, capacity);
+  }
+  each_rank([&](int r) { return LaunchPlan(device[r].plan, ranks.stream(r)); });
+  each_rank([&](int r) { return LaunchDispatch(device[r].dispatch, ranks.stream(r)); });
+  each_rank([&](int r) { return LaunchCombine(device[r].combine, ranks.stream(r)); });
+  each_rank([&](int r) { return LaunchCombine(device[r].dispatch_grad, ranks.stream(r)); });
+  each_rank([&](int r) { return LaunchCombineGrad(device[r].combine_grad, ranks.stream(r)); });
+  if (!ranks.machine().Synchronize()) {
+    check::Fail(__FILE__, __LINE__, "the machine failed");
+    return false;
+  }
+  for (int rank = 0; rank < group.num_ranks; ++rank) {
+    const ErrorRecord& record = ranks.record(rank);
+    if (record.failure == 0) continue;
+    check::Fail(__FILE__, __LINE__, Describe(record, group.deadline_s, group.top_k));
+    return false;
+  }
+
+  const bool through_rings = !group.zero_copy && group.num_ranks > 1;
+  const bool exact_sums = c.combine_form == CombineForm::kPull && !through_rings;
+  for (int rank = 0; rank < group.num_ranks; ++rank) {
+    const HostRank& h = host.ranks[rank];
+    const Device& d = device[rank];
+    const auto same_ints = [&](const char* name, const int32_t* got,
+                               const std::vector<int32_t>& want) {
+      CheckSame(name, rank, ranks.Read(got, static_cast<int64_t>(want.size())), want.data(),
+                static_cast<int64_t>(want.size()));
+    };
+    same_ints("group_sizes", d.plan.group_sizes, h.group_sizes);
+    same_ints("num_rows", d.plan.num_rows, h.num_rows);
+    same_ints("overflow", d.plan.overflow, h.overflow);
+    same_ints("tokens_per_expert", d.plan.tokens_per_expert, h.tokens_per_expert);
+    same_ints("dest_rank", d.plan.dest_rank, h.dest_rank);
+    same_ints("dest_row", d.plan.dest_row, h.dest_row);
+    same_ints("row_source", d.plan.row_source, h.row_source);
+    same_ints("arrival_rows", d.plan.arrival_rows, h.arrival_rows);
+    same_ints("rows_per_source", d.plan.rows_per_source, h.rows_per_source);
+
+    // Rows past the last one are zero, or untouched.
+    const int64_t filled = h.num_rows[0];
+    const auto check_rows = [&](const char* name, const char* got_device,
+                                const std::vector<char>& want) {
+      const std::vector<char> got = ranks.Read(got_device, capacity * row_bytes);
+      CheckSame(name, rank, got, want.data(),
+                c.zero_tail ? capacity * row_bytes : filled * row_bytes);
+      if (c.zero_tail) return;
+      const bool untouched = std::all_of(got.begin() + filled * row_bytes, got.end(),
+                                         [](char byte) { return byte == '\xa5'; });
+      if (!untouched) check::Fail(__FILE__, __LINE__, std::string(name) + ": the tail was written");
+    };
+    check_rows("rows", d.dispatch.rows, h.rows);
+    check_rows("dy", d.combine_grad.dy, h.dy);
+    CheckSame("row_weights", rank, ranks.Read(d.dispatch.row_weights, capacity),
+              h.row_weights.data(), c.zero_tail ? capacity : filled);
+    const std::vector<float> dots = ranks.Read(d.combine_grad.drow_weights, capacity);
+    for (int64_t row = 0; row < filled; ++row) {
+      CHECK_NEAR(dots[row], h.drow_weights[row], 1e-4 * c.hidden);
+    }
+
+    const int64_t out_bytes = c.num_tokens * row_bytes;
+    const std::vector<char> out = ranks.Read(d.combine.out, out_bytes);
+    const std::vector<char> dx = ranks.Read(d.dispatch_grad.out, out_bytes);
+    if (exact_sums) {
+      CheckSame("out", rank, out, h.out.data(), out_bytes);
+      CheckSame("dx", rank, dx, h.dx.data(), out_bytes);
+    } else {
+      CheckNearRows("out", rank, c.dtype, out, h.out, c.hidden, group.top_k);
+      CheckNearRows("dx", rank, c.dtype, dx, h.dx, c.hidden, group.top_k);
+    }
+    CheckSame("dweights", rank, ranks.Read(d.dispatch_grad.dweights, selections), h.dweights.data(),
+              selections);
+  }
+  return true;
+}
+
+}  // namespace testing
+}  // namespace wideep
