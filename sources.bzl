@@ -197,10 +197,12 @@ SIMT_HEADERS = [
 # Kernels that are tested in it.
 SIMT_KERNEL_SOURCES = [
     "csrc/core/error_record.cc",
+    "tests/simt/exchange_kernels.cc",
     "tests/simt/low_latency_kernels.cc",
 ]
 
 SIMT_TESTS = [
+    "tests/simt/exchange_simt_test.cc",
     "tests/simt/low_latency_simt_test.cc",
     "tests/simt/simt_test.cc",
 ]
