@@ -1,0 +1,257 @@
+"""Times plan, dispatch, combine and their gradients on the GPU ranks of tests/gpu/world.py.
+
+    python tests/gpu/launch.py 8 benchmarks/exchange_gpu.py [--tokens 4096 --hidden 7168 --top-k 8 --sms 16 ..]
+
+An op is called --calls times in a loop inside one jitted function; a time is that of the whole function on the
+slowest rank, divided by the calls, and a figure the mean over --repeats of them after one that is not counted. The
+function makes the plan once before its loop. Inputs are bfloat16, rows past the plan's are left alone
+(zero_tail=False), capacities are the largest rank's rows and 5% more. Several values of --tokens, --hidden, --top-k,
+--sms and --routing run in all combinations.
+
+Floors are the bytes that an op has to move over the speed of a copy, measured in the same run by all ranks at once:
+dispatch reads x and writes the rows, combine the reverse, combine's gradient reads rows and writes rows; with ranks on
+GPUs of their own that is each GPU's own memory. On the FP8 wire only wire rows are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+from world import AXIS, World
+
+import jax_wideep as wep
+from jax_wideep import _ffi
+
+NUM_EXPERTS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    tokens: int
+    hidden: int
+    top_k: int
+    num_sms: int
+    routing: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """`body(group, plan, arrays)` returns a scalar of what it computed; `floor_bytes` of one rank."""
+
+    name: str
+    settings: dict[str, str]
+    body: Callable[..., jax.Array]
+    floor_bytes: Callable[[Case, float], float]
+
+
+def rows_and_tokens(row_factor: int, token_factor: int) -> Callable[[Case, float], float]:
+    return lambda case, rows: 2.0 * case.hidden * (row_factor * rows + token_factor * case.tokens)
+
+
+def plan_only(group, capacity, plan, a):
+    made = wep.make_plan(a["topk_idx"], group, capacity=capacity)
+    return made.num_rows.astype(jnp.float32)
+
+
+def dispatch_only(group, capacity, plan, a, **options):
+    return wep.dispatch(a["x"], a["weights"], plan, zero_tail=False, **options)[1][0]
+
+
+def plan_and_dispatch(group, capacity, plan, a, **options):
+    made = wep.make_plan(a["topk_idx"], group, capacity=capacity)
+    return dispatch_only(group, capacity, made, a, **options)
+
+
+def plan_and_fp8(group, capacity, plan, a):
+    return plan_and_dispatch(group, capacity, plan, a, quantize="fp8", dequantize=False)
+
+
+def combine_only(group, capacity, plan, a):
+    return wep.combine(a["rows"], a["row_weights"], plan, zero_tail=False)[0, 0].astype(jnp.float32)
+
+
+def dispatch_grad(group, capacity, plan, a):
+    return _ffi.dispatch_grad(a["rows"], a["row_weights"], plan)[1][0, 0]
+
+
+def combine_grad(group, capacity, plan, a):
+    return _ffi.combine_grad(a["x"], a["rows"], a["row_weights"], plan, False)[1][0]
+
+
+PUSH, PULL = {"dispatch_form": "push"}, {"dispatch_form": "pull"}
+HOME_PULL, HOME_PUSH = {"combine_form": "pull"}, {"combine_form": "push"}
+RINGS = {"zero_copy": "off"}
+ONE_WAY = rows_and_tokens(1, 1)
+
+OPS = [
+    Op("plan", {}, plan_only, lambda case, rows: 0.0),
+    Op("plan+dispatch push", PUSH, plan_and_dispatch, ONE_WAY),
+    Op("plan+dispatch pull", PULL, plan_and_dispatch, ONE_WAY),
+    Op("plan+dispatch rings", RINGS | PUSH, plan_and_dispatch, ONE_WAY),
+    Op(
+        "plan+dispatch fp8 push", PUSH, plan_and_fp8,
+        lambda case, rows: _ffi.wire_row_bytes(case.hidden) * (rows + case.tokens),
+    ),
+    Op("dispatch push", PUSH, dispatch_only, ONE_WAY),
+    Op("dispatch pull", PULL, dispatch_only, ONE_WAY),
+    Op("combine pull", HOME_PULL, combine_only, ONE_WAY),
+    Op("combine push", HOME_PUSH, combine_only, ONE_WAY),
+    Op("combine rings", RINGS | HOME_PUSH, combine_only, ONE_WAY),
+    Op("dispatch grad pull", HOME_PULL, dispatch_grad, ONE_WAY),
+    Op("dispatch grad push", HOME_PUSH, dispatch_grad, ONE_WAY),
+    Op("combine grad", {}, combine_grad, rows_and_tokens(2, 1)),
+]  # fmt: skip
+
+
+class Clock:
+    """Times a function on all ranks at once."""
+
+    def __init__(self, world: World, repeats: int):
+        self._world = world
+        self._repeats = repeats
+        self._records = 0
+
+    def seconds(self, function: Callable[..., Any], *arguments: Any) -> list[float]:
+        """Of the slowest rank, each time."""
+        own = []
+        for _ in range(self._repeats + 1):
+            self._world.barrier(timeout_s=200)
+            began = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            own.append(time.perf_counter() - began)
+        return [max(times) for times in zip(*self._everyone(own[1:]), strict=True)]
+
+    def _everyone(self, own: list[float]) -> list[list[float]]:
+        if self._world.num_processes == 1:
+            return [own]
+        self._records += 1
+        store = _ffi.coordination_client()
+        store.key_value_set(f"bench/{self._records}/{self._world.process}", json.dumps(own))
+        return [
+            json.loads(store.blocking_key_value_get(f"bench/{self._records}/{process}", 60_000))
+            for process in range(self._world.num_processes)
+        ]
+
+
+def copy_bytes_per_second(world: World, clock: Clock, num_bytes: int, calls: int) -> float:
+    """Bytes read plus written by all ranks together, while all of them copy."""
+    array = world.put(np.zeros((world.num_ranks, num_bytes // 4), np.int32))
+    copy = world.on_ranks(lambda a: jax.lax.fori_loop(0, calls, lambda _, b: b + 1, a))
+    seconds = statistics.mean(clock.seconds(copy, array)) / calls
+    return 2.0 * num_bytes * world.num_ranks / seconds
+
+
+def draw(world: World, case: Case) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    ranks = world.num_ranks
+    topk_idx = oracle.random_topk(rng, ranks, case.tokens, NUM_EXPERTS, case.top_k, kind=case.routing)
+    received = np.bincount(topk_idx[topk_idx >= 0] // (NUM_EXPERTS // ranks), minlength=ranks)
+    capacity = int(received.max() * 1.05) // 128 * 128 + 128
+    # The values do not matter; made where they are used, they would cost more than the exchange.
+    return {
+        "topk_idx": topk_idx,
+        "received": received,
+        "capacity": capacity,
+        "x": np.ones((ranks, case.tokens, case.hidden), jnp.bfloat16),
+        "weights": np.ones((ranks, case.tokens, case.top_k), np.float32),
+    }
+
+
+def measure(world: World, clock: Clock, case: Case, ops: list[Op], calls: int, copy_speed: float):
+    drawn = draw(world, case)
+    capacity, mean_rows = drawn["capacity"], float(drawn["received"].mean())
+    arrays = {name: world.put(drawn[name]) for name in ("topk_idx", "x", "weights")}
+    fill = world.on_ranks(
+        lambda w: (
+            jax.lax.full((capacity, case.hidden), 1, jnp.bfloat16) + w[:1, :1].astype(jnp.bfloat16),
+            jax.lax.full((capacity,), 1, jnp.float32) + w[0, 0],
+        )
+    )
+    arrays["rows"], arrays["row_weights"] = fill(arrays["weights"])
+    for op in ops:
+        settings = {
+            "num_experts": NUM_EXPERTS,
+            "top_k": case.top_k,
+            "hidden": case.hidden,
+            "deadline_s": 10.0,
+        }
+        with world.group(**settings, num_sms=case.num_sms, **op.settings) as group:
+
+            def run(a, op=op, group=group):
+                plan = wep.make_plan(a["topk_idx"], group, capacity=capacity)
+                one = lambda _, total: total + op.body(group, capacity, plan, a)  # noqa: E731
+                start = _ffi.vary([jnp.float32(0)], (AXIS,))[0]
+                return jax.lax.fori_loop(0, calls, one, start)[None]
+
+            seconds = [t / calls for t in clock.seconds(world.on_ranks(run), arrays)]
+            group.check()
+        floor = op.floor_bytes(case, mean_rows) * world.num_ranks / copy_speed
+        yield {
+            "op": op.name,
+            "ranks": world.num_ranks,
+            **dataclasses.asdict(case),
+            "us": round(statistics.mean(seconds) * 1e6, 1),
+            "us_each": [round(t * 1e6, 1) for t in seconds],
+            "floor_us": round(floor * 1e6, 1),
+            "rows_per_rank": mean_rows,
+            "rows_most": int(drawn["received"].max()),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096], help="a rank")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[7168])
+    parser.add_argument("--top-k", type=int, nargs="+", default=[8])
+    parser.add_argument("--sms", type=int, nargs="+", default=[16], help="of each rank")
+    parser.add_argument("--routing", nargs="+", default=["uniform"], choices=["uniform", "zipf", "hot"])
+    parser.add_argument("--ops", nargs="+", default=[""], help="parts of the ops' names")
+    parser.add_argument("--calls", type=int, default=20, help="in a loop")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", help="file that gets a line per figure")
+    arguments = parser.parse_args()
+
+    world = World()
+    clock = Clock(world, arguments.repeats)
+    ops = [op for op in OPS if any(part in op.name for part in arguments.ops)]
+    num_bytes = max(arguments.tokens) * max(arguments.hidden) * 8
+    copy_speed = copy_bytes_per_second(world, clock, num_bytes, arguments.calls)
+    kind = world.devices[0].device_kind
+    world.say(
+        f"{world.num_ranks} ranks on {kind}, copy {copy_speed / 1e9:.0f} GB/s over all ranks, jax {jax.__version__}"
+    )
+    world.say(
+        f"{'op':24} {'tokens':>6} {'hidden':>6} {'top-k':>5} {'SMs':>4} {'routing':>8} {'us':>9} {'floor':>8}   part"
+    )
+    for values in itertools.product(
+        arguments.tokens, arguments.hidden, arguments.top_k, arguments.sms, arguments.routing
+    ):
+        case = Case(*values)
+        for figure in measure(world, clock, case, ops, arguments.calls, copy_speed):
+            part = f"{figure['floor_us'] / figure['us']:6.1%}" if figure["floor_us"] else ""
+            world.say(
+                f"{figure['op']:24} {case.tokens:6} {case.hidden:6} {case.top_k:5} {case.num_sms:4} {case.routing:>8} "
+                f"{figure['us']:9.1f} {figure['floor_us']:8.1f} {part:>6}"
+            )
+            if arguments.json and world.process == 0:
+                with open(arguments.json, "a") as file:
+                    file.write(
+                        json.dumps(figure | {"device": kind, "copy_gb_per_s": copy_speed / 1e9}) + "\n"
+                    )
+
+
+if __name__ == "__main__":
+    main()

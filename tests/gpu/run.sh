@@ -1,0 +1,85 @@
+#!/bin/bash
+# Checks the exchange on the GPU of this machine. Builds first, unless $BUILD_DIR has the programs and the module
+# _wideep_cuda for this python3. Logs go to $OUT, or to $BUILD_DIR/logs.
+#
+#   tests/gpu/run.sh [step ..]
+#
+#   cpp       the C++ test with virtual ranks in one process
+#   sanitize  a part of it under compute-sanitizer, its four tools at once
+#   suite     exchange_suite.py at each of $RANKS processes that share the GPU (default: 1 2 3 4 8), under MPS
+#   killed    a process dies, the others say which, under MPS
+#   bench     benchmarks/exchange_gpu.py with $BENCH, at 8 processes
+#
+# Default: cpp suite killed, at most 8 minutes.
+set -u -o pipefail
+cd "$(dirname "$0")/../.."
+BUILD_DIR=${BUILD_DIR:-build/gpu}
+LOGS=${OUT:-$BUILD_DIR/logs}
+RANKS=${RANKS:-1 2 3 4 8}
+mkdir -p "$LOGS"
+failed=0
+
+step() {  # seconds name command..
+  local limit=$1 name=$2 began=$SECONDS
+  shift 2
+  echo "== $name"
+  timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$LOGS/$name.log"
+  local rc=${PIPESTATUS[0]}
+  echo "== $name: status $rc, $((SECONDS - began)) s"
+  if [ "$rc" != 0 ]; then failed=1; fi
+  return "$rc"
+}
+
+start_mps() {
+  [ -n "${mps:-}" ] && return
+  mps=$(mktemp -d)
+  export CUDA_MPS_PIPE_DIRECTORY=$mps/pipe CUDA_MPS_LOG_DIRECTORY=$mps/log
+  mkdir -p "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
+  nvidia-cuda-mps-control -d && sleep 1
+}
+stop_mps() {
+  [ -n "${mps:-}" ] || return
+  echo quit | timeout 20 nvidia-cuda-mps-control >/dev/null
+  unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY mps
+}
+trap stop_mps EXIT
+
+sanitize() {
+  local tool pids=() rc=0
+  for tool in memcheck racecheck synccheck initcheck; do
+    timeout --kill-after=5 200 compute-sanitizer --tool $tool --error-exitcode 9 "$BUILD_DIR/exchange_gpu_test" \
+      ${SANITIZE:-OneRank TwoRanks} >"$LOGS/$tool.log" 2>&1 &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || rc=1; done
+  tail -n 5 "$LOGS"/{memcheck,racecheck,synccheck,initcheck}.log
+  return $rc
+}
+
+if [ ! -x "$BUILD_DIR/exchange_gpu_test" ]; then
+  step 600 build bash -c "cmake -S . -B $BUILD_DIR -DWIDEEP_CUDA=ON -DWIDEEP_TESTS=ON -DPython_EXECUTABLE=$(command -v python3) &&
+    cmake --build $BUILD_DIR -j4 --target exchange_gpu_test _wideep_cuda" || exit 1
+fi
+cp "$BUILD_DIR"/_wideep_cuda*.so jax_wideep/ || exit 1
+
+for name in ${@:-cpp suite killed}; do
+  case $name in
+    cpp) step 90 cpp "$BUILD_DIR/exchange_gpu_test" ${CPP:-} ;;
+    sanitize) echo "== sanitize"; sanitize || { echo "== sanitize failed"; failed=1; } ;;
+    suite)
+      start_mps
+      for ranks in $RANKS; do
+        step 100 suite python3 tests/gpu/launch.py --timeout 90 --xla-flag=--xla_gpu_graph_min_graph_size=1 \
+          --dump=captured_step "$ranks" tests/gpu/exchange_suite.py ${CHECKS:-}
+      done ;;
+    killed)
+      start_mps
+      step 60 killed python3 tests/gpu/launch.py --timeout 50 4 tests/gpu/exchange_suite.py killed ;;
+    bench)
+      start_mps
+      step 300 bench python3 tests/gpu/launch.py --timeout 290 8 benchmarks/exchange_gpu.py \
+        --json "$LOGS/exchange_gpu.jsonl" ${BENCH:-} ;;
+    *) echo "unknown step $name"; exit 2 ;;
+  esac
+done
+exit $failed
