@@ -91,8 +91,10 @@ struct Control {
   uint32_t barrier_generation;  // barriers passed
   uint32_t failed;              // 1 once this rank has written its error record
   uint32_t ll_sent[2];          // low-latency calls of each LowLatencyKind sent
-  uint32_t ll_blocks_done[4];   // as blocks_done, for the send and receive halves of each kind
-  uint32_t pad[21];
+  uint32_t ll_received[4];      // the last one received with each buffer of each kind
+  uint32_t ll_blocks_begun[4];  // blocks of a current send (receive) half of each kind that have
+                                // begun
+  uint32_t pad[17];
   uint32_t abort;  // an AbortWord, or 0; by any rank
   uint32_t pad_to_line[31];
 };
@@ -138,7 +140,7 @@ constexpr int kMaxPieces = 8;
 
 /// What the low-latency kernels use of an arena; offsets in bytes from its start. Who writes what:
 ///
-///   done            [kind][buffer][src] by rank src: its last call of this kind and buffer is over
+///   done            [kind][buffer][src] by rank src: the last call it received with that buffer
 ///   and for each of the two buffers, all with the epoch of the call inside:
 ///   expert_counts   [local expert][src] by rank src: rows it sends to the expert
 ///   token_counts    [src] by rank src: tokens that it sends, under once_per_rank
@@ -207,9 +209,12 @@ struct LowLatencyLayout {
   WIDEEP_HOST_DEVICE constexpr int64_t Buffer(uint32_t epoch) const {
     return buffers + (epoch & 1) * buffer_bytes;
   }
-  WIDEEP_HOST_DEVICE constexpr int64_t Done(LowLatencyKind kind, uint32_t epoch,
-                                            int num_ranks) const {
-    return done + (static_cast<int>(kind) * 2 + static_cast<int>(epoch & 1)) * num_ranks * 4;
+  /// Which of Control's ll_received, and which part of `done`, belongs to a call.
+  WIDEEP_HOST_DEVICE static constexpr int KindAndBuffer(LowLatencyKind kind, uint32_t epoch) {
+    return static_cast<int>(kind) * 2 + static_cast<int>(epoch & 1);
+  }
+  WIDEEP_HOST_DEVICE constexpr int64_t Done(int kind_and_buffer, int num_ranks) const {
+    return done + int64_t{kind_and_buffer} * num_ranks * 4;
   }
 };
 

@@ -61,7 +61,6 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
   if (call.Meet() && call.receives()) {
     ReceiveTokens<kDType, kWire>(p, call, shared.arrivals(p.tokens, p.peers.num_ranks));
   }
-  call.Finish();
 }
 
 template <DType kDType>
@@ -76,7 +75,6 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
                 shared.packed_rows());
   }
   if (call.ok() && call.receives()) ReceiveOutputs<kDType>(p, call, shared.lists[threadIdx.x / 32]);
-  call.Finish();
 }
 
 template <DType kDType>
@@ -93,7 +91,6 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     ReceiveDouts<kDType>(p, call, shared.arrivals(p.tokens, p.peers.num_ranks));
     ReceiveDots(p, call);
   }
-  call.Finish();
 }
 
 // ---- rows past the counts: more blocks than the exchange has, and no other rank ----

@@ -17,15 +17,18 @@
 // scope by a lane; acquire of the flag by a lane there, warp barrier, loads.
 //
 // Two buffers for each kind are enough, whatever the order of the halves. Call e writes the buffer
-// that call e - 2 used. Its sender first waits until every rank, itself too, has said `done` with
-// e - 2: written when all blocks of that receive half have read what came (block barrier,
-// acquire-release count of blocks, release by the last block; acquire by the sender). A rank says
-// so whether or not it was sent anything. That wait is for a call before the last: a rank that runs
-// ahead has no more to do than to read R words, and it cannot close a circle, because on every
-// rank the receive half of e - 2 comes before the send half of e (two calls under way at most). In
-// one stream of whole calls it is always over: the rank has received call e - 1 from every peer,
-// which each sent after it was done with e - 2. Ops of the throughput shape and of the other kind
-// use other memory and may come in between.
+// that call e - 2 used, so its sender first waits until every rank, itself too, has said `done`
+// with e - 2. A rank says so at the start of its next low-latency kernel, when the one that read
+// the buffer has ended (kernels of a rank run in order), whether or not it was sent anything:
+// release by a thread of block 0, acquire by the sender. The wait cannot close a circle: on every
+// rank the receive half of e - 2 comes before the send half of e (two calls under way at most),
+// and the next kernel after it is that send half at the latest, which says `done` before it waits.
+// In one stream of whole calls it is over at once: every peer's call e - 1, which this rank has
+// received, began by saying so. Ops of the throughput shape and of the other kind use other memory
+// and may come in between.
+//
+// The epoch is counted up by the last block that has begun: all threads of all blocks have read it
+// by then, and nothing is left to do at the end of a kernel.
 #pragma once
 
 #include "csrc/ep/exchange_protocol.cuh"
@@ -48,7 +51,7 @@ constexpr int kMaxMeetings = 6;
 struct LowLatencyBase {
   char* arena[kMaxRanks];
   uint32_t failed[kMaxMeetings];  // 1: a thread gave up before that meeting
-  uint32_t last_block;            // 1 in the block that ends the call
+  uint32_t aborted;               // 1: a rank had given up when the call began
 };
 
 /// One thread's view of a low-latency call.
@@ -82,25 +85,33 @@ class LowLatencyCall {
     return reinterpret_cast<T*>(Buffer(rank) + offset);
   }
 
-  /// Begins: all threads of the block, which then Meet.
+  /// Begins: all threads of the block, which then Meet. Warps share the work, so that no load
+  /// waits for another one.
   __device__ void Begin() {
-    if (threadIdx.x >= 32) return;
-    const int peer = threadIdx.x;
-    bool ok = true;
-    if (peer < num_ranks()) {
-      shared_.arena[peer] = exchange_.arena(peer);
-      if (sends()) ok = WaitUntilDone(peer);
+    const int peer = threadIdx.x % 32;
+    const bool is_rank = peer < num_ranks();
+    if (threadIdx.x / 32 == 0) {
+      bool ok = true;
+      if (is_rank) {
+        shared_.arena[peer] = exchange_.arena(peer);
+        if (sends()) ok = WaitUntilDone(peer);
+      }
+      ok = __all_sync(~0u, ok);
+      if (peer < kMaxMeetings) shared_.failed[peer] = peer == 0 && !ok;
+    } else if (threadIdx.x == 32) {
+      // A rank gave up, now or in a call before: counters of this rank may be anywhere.
+      shared_.aborted = exchange_.Aborted();
+    } else if (threadIdx.x / 32 == 2 && blockIdx.x == 0 && is_rank) {
+      SayDone(peer);
     }
-    // A rank gave up, now or in a call before: counters of this rank may be anywhere.
-    if (peer == 0 && exchange_.Aborted()) ok = false;
-    ok = __all_sync(~0u, ok);
-    if (peer < kMaxMeetings) shared_.failed[peer] = peer == 0 && !ok;
   }
 
   /// Block barrier. False if a thread of the block gave up before it, or before an earlier one.
   __device__ bool Meet() {
     __syncthreads();
-    if (shared_.failed[meeting_++] != 0) ok_ = false;
+    if (shared_.failed[meeting_] != 0 || shared_.aborted != 0) ok_ = false;
+    // The last thread's warp is the last to find work.
+    if (meeting_++ == 0 && ok_ && threadIdx.x == blockDim.x - 1) CountBlock();
     return ok_;
   }
   /// What every thread of the block knows since it last met.
@@ -108,53 +119,49 @@ class LowLatencyCall {
   /// Lets the block know at its next meeting.
   __device__ void GiveUp() { atomicOr(&shared_.failed[meeting_], 1u); }
 
-  /// Ends the call: all threads of all blocks.
-  __device__ void Finish() {
-    if (!Meet()) return;  // the group stays where it is: later calls end at once
-    Control* const control = exchange_.control();
-    uint32_t* const blocks_done =
-        &control->ll_blocks_done[2 * Index(kind_) + (part_ == LowLatencyPart::kReceive)];
-    if (gridDim.x > 1) {
-      if (threadIdx.x == 0) {
-        // Acquire-release: what every block read and wrote comes before what the last one says.
-        shared_.last_block = ptx::atom_add_acq_rel_gpu_u32(blocks_done, 1) == gridDim.x - 1;
-      }
-      __syncthreads();
-      if (shared_.last_block == 0) return;
-    }
-    const int peer = threadIdx.x;
-    if (receives() && peer < num_ranks()) {
-      ptx::st_release_sys_u32(&Done(peer)[rank()], epoch_);
-    }
-    if (threadIdx.x == 0) {
-      *blocks_done = 0;
-      if (sends()) {
-        control->ll_sent[Index(kind_)] = epoch_;
-        if (ticket_ != nullptr) *ticket_ = epoch_;
-      }
-    }
-  }
-
  private:
   static __device__ Control* ControlOf(const PeerContext& peers) {
     return reinterpret_cast<Control*>(peers.arena + ArenaLayout::kControl);
   }
   static __device__ constexpr int Index(LowLatencyKind kind) { return static_cast<int>(kind); }
 
-  __device__ uint32_t* Done(int rank) const {
-    return reinterpret_cast<uint32_t*>(shared_.arena[rank] +
-                                       layout_.Done(kind_, epoch_, num_ranks()));
+  __device__ void SayDone(int peer) {
+    for (int i = 0; i < 4; ++i) {
+      // Release: what the kernel of that call read.
+      ptx::st_release_sys_u32(&exchange_.In<uint32_t>(peer, layout_.Done(i, num_ranks()))[rank()],
+                              ptx::ld_relaxed_gpu_u32(&exchange_.control()->ll_received[i]));
+    }
   }
 
   __device__ bool WaitUntilDone(int peer) {
-    const auto* done = reinterpret_cast<const uint32_t*>(exchange_.arena() +
-                                                         layout_.Done(kind_, epoch_, num_ranks()));
+    const int64_t part = layout_.Done(LowLatencyLayout::KindAndBuffer(kind_, epoch_), num_ranks());
+    const auto* done = reinterpret_cast<const uint32_t*>(exchange_.arena() + part);
     // Acquire: the peer has read what its buffer held.
     return exchange_.Wait(
         [&] {
           return static_cast<int32_t>(ptx::ld_acquire_sys_u32(&done[peer]) - (epoch_ - 2)) >= 0;
         },
         Phase::kDone, peer);
+  }
+
+  /// All threads of the block have read the epoch, and block 0 what it says to be done. Where a
+  /// rank gave up, the group stays where it is: later calls end at once.
+  __device__ void CountBlock() {
+    Control* const control = exchange_.control();
+    if (gridDim.x > 1) {
+      uint32_t* const begun =
+          &control->ll_blocks_begun[2 * Index(kind_) + (part_ == LowLatencyPart::kReceive)];
+      // Acquire-release: every block's reads come before the last one's writes.
+      if (ptx::atom_add_acq_rel_gpu_u32(begun, 1) != gridDim.x - 1) return;
+      *begun = 0;
+    }
+    if (sends()) {
+      control->ll_sent[Index(kind_)] = epoch_;
+      if (ticket_ != nullptr) *ticket_ = epoch_;
+    }
+    if (receives()) {
+      control->ll_received[LowLatencyLayout::KindAndBuffer(kind_, epoch_)] = epoch_;
+    }
   }
 
   const LowLatencyKind kind_;

@@ -104,17 +104,17 @@ class ArrivalTable {
     arrival.src = src;
     arrival.piece = piece;
     arrival.num_rows = num_rows;
-    arrival.out_row = 0;
-    if (lane < num_rows) {
-      const auto* entries = call_.In<const ArrivalEntry>(call_.rank(), layout.arrival_entries);
-      const int4 bits =
-          ptx::ld_global_no_allocate_v4(&entries[slot_piece * layout.entries_per_slot + lane]);
-      arrival.entry = {bits.x, bits.y, __int_as_float(bits.z), 0};
-      const auto chunk = static_cast<int32_t>(layout.chunk);
-      const int32_t local_expert = bits.x / chunk;
-      arrival.out_row = local_expert * rows_per_expert() +
-                        first_row_[local_expert * num_ranks_ + src] + bits.x % chunk;
-    }
+    // Without a branch, so that the piece itself is read meanwhile: lanes without a row get an
+    // entry that is left from an earlier call, or zeros.
+    const int own = min(lane, layout.entries_per_slot - 1);
+    const auto* entries = call_.In<const ArrivalEntry>(call_.rank(), layout.arrival_entries);
+    const int4 bits =
+        ptx::ld_global_no_allocate_v4(&entries[slot_piece * layout.entries_per_slot + own]);
+    arrival.entry = {bits.x, bits.y, __int_as_float(bits.z), 0};
+    const auto chunk = static_cast<int32_t>(layout.chunk);
+    const int32_t local_expert = bits.x / chunk;
+    arrival.out_row = local_expert * rows_per_expert() +
+                      first_row_[local_expert * num_ranks_ + src] + bits.x % chunk;
     return true;
   }
 

@@ -64,6 +64,7 @@ TEST(OverlappedHalvesWithDelays) {
     c.zero_tail = false;
     c.delay_us = 100;
     if (!RunOverlappedHalves(ranks, c, 50, random)) return;
+    if (!RunDispatchHalvesAlone(ranks, c, 50, random)) return;
   }
 }
 

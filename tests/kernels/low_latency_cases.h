@@ -350,6 +350,29 @@ bool RunOverlappedHalves(VirtualRanks<Machine>& ranks, const LowLatencyCase& c, 
   return a.Check() && b.Check();
 }
 
+/// The same without combines in between, which would tell every rank that the others have received:
+/// only `done` keeps a sender from a buffer that is still read.
+template <typename Machine>
+bool RunDispatchHalvesAlone(VirtualRanks<Machine>& ranks, const LowLatencyCase& c, int repeats,
+                            Random& random) {
+  ranks.ReleaseAll();
+  LowLatencyCase no_gradient = c;
+  no_gradient.gradient = false;
+  LowLatencyRun<Machine> a(ranks, no_gradient, random);
+  LowLatencyRun<Machine> b(ranks, no_gradient, random);
+  for (int i = 0; i < repeats; ++i) {
+    for (const auto part : {LowLatencyPart::kSend, LowLatencyPart::kReceive}) {
+      a.Dispatch(part);
+      b.Dispatch(part);
+    }
+  }
+  a.Combine();
+  b.Combine();
+  const check::Context context("dispatches alone");
+  if (!ranks.machine().Synchronize()) return false;
+  return a.Check() && b.Check();
+}
+
 /// `count` random shapes; several calls over each group.
 template <typename Machine>
 void RunRandomLowLatency(int count, uint64_t seed, int64_t max_tokens, int64_t max_hidden,

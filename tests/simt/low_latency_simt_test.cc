@@ -58,6 +58,14 @@ TEST(OverlappedHalves) {
   }
 }
 
+TEST(DispatchHalvesAlone) {
+  for (uint64_t seed = 1; seed <= 4; ++seed) {
+    Random random(seed);
+    Ranks ranks(Small(2), seed);
+    RunDispatchHalvesAlone(ranks, LowLatencyCase{}, 4, random);
+  }
+}
+
 TEST(RandomShapes) {
   const char* first_seed = std::getenv("SIMT_SEED");
   const char* count = std::getenv("SIMT_COUNT");
