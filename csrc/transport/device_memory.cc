@@ -13,6 +13,7 @@ namespace {
 /// The driver's entry points.
 struct Driver {
   PFN_cuGetErrorName_v6000 get_error_name = nullptr;
+  PFN_cuPointerGetAttribute_v4000 pointer_get_attribute = nullptr;
   PFN_cuMemGetAddressRange_v3020 mem_get_address_range = nullptr;
   PFN_cuMemGetAllocationGranularity_v10020 mem_get_allocation_granularity = nullptr;
   PFN_cuMemCreate_v10020 mem_create = nullptr;
@@ -29,6 +30,7 @@ struct Driver {
 
   Driver() {
     Find("cuGetErrorName", 6000, get_error_name);
+    Find("cuPointerGetAttribute", 4000, pointer_get_attribute);
     Find("cuMemGetAddressRange", 3020, mem_get_address_range);
     Find("cuMemGetAllocationGranularity", 10020, mem_get_allocation_granularity);
     Find("cuMemCreate", 10020, mem_create);
@@ -215,6 +217,13 @@ Status DeviceMemory::Map(int device, uint64_t handle, uint64_t num_bytes, Device
 }
 
 Status DeviceMemory::RangeOf(const void* pointer, MemoryRange& range) {
+  // A stream-ordered pool may give its memory back at any time, and peers have no access to it.
+  CUmemoryPool pool = nullptr;
+  if (Driver::Get().pointer_get_attribute(&pool, CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE,
+                                          AddressOf(pointer)) == CUDA_SUCCESS &&
+      pool != nullptr) {
+    return Status::FailedPrecondition("memory of a stream-ordered pool cannot be mapped");
+  }
   CUdeviceptr base = 0;
   size_t num_bytes = 0;
   const Status status =

@@ -67,7 +67,7 @@ class DeviceMemory {
   static Status OfPeerDevice(int device, int owner_device, const MemoryRange& range,
                              DeviceMemory& out);
 
-  /// The whole allocation that holds `pointer`.
+  /// The whole allocation that holds `pointer`; fails for memory of a stream-ordered pool.
   static Status RangeOf(const void* pointer, MemoryRange& range);
   /// A descriptor of the virtual allocation that begins at `base`; fails for other allocations.
   static Status Export(uint64_t base, FileDescriptor& descriptor);

@@ -7,7 +7,7 @@
 #   cpp       the C++ test with virtual ranks in one process
 #   sanitize  a part of it under compute-sanitizer, its four tools at once
 #   suite     exchange_suite.py at each of $RANKS processes that share the GPU (default: 1 2 3 4 8), under MPS
-#   killed    a process dies, the others say which, under MPS
+#   killed    failures without command buffers: the next call raises too; a process dies, the others say which
 #   bench     benchmarks/exchange_gpu.py with $BENCH, at 8 processes
 #
 # Default: cpp suite killed, at most 8 minutes.
@@ -48,7 +48,7 @@ sanitize() {
   local tool pids=() rc=0
   for tool in memcheck racecheck synccheck initcheck; do
     timeout --kill-after=5 200 compute-sanitizer --tool $tool --error-exitcode 9 "$BUILD_DIR/exchange_gpu_test" \
-      ${SANITIZE:-OneRank TwoRanks} >"$LOGS/$tool.log" 2>&1 &
+      ${SANITIZE:-OneRank TwoRanksEveryForm} >"$LOGS/$tool.log" 2>&1 &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid" || rc=1; done
@@ -69,12 +69,13 @@ for name in ${@:-cpp suite killed}; do
     suite)
       start_mps
       for ranks in $RANKS; do
-        step 100 suite python3 tests/gpu/launch.py --timeout 90 --xla-flag=--xla_gpu_graph_min_graph_size=1 \
-          --dump=captured_step "$ranks" tests/gpu/exchange_suite.py ${CHECKS:-}
+        step 110 suite python3 tests/gpu/launch.py --timeout 100 --xla-flag=--xla_gpu_graph_min_graph_size=1 \
+          --xla-flag=--xla_gpu_autotune_level=0 --dump=captured_step "$ranks" tests/gpu/exchange_suite.py ${CHECKS:-}
       done ;;
     killed)
       start_mps
-      step 60 killed python3 tests/gpu/launch.py --timeout 50 4 tests/gpu/exchange_suite.py killed ;;
+      step 60 killed python3 tests/gpu/launch.py --timeout 50 --xla-flag=--xla_gpu_enable_command_buffer= \
+        4 tests/gpu/exchange_suite.py bad_index delayed killed ;;
     bench)
       start_mps
       step 300 bench python3 tests/gpu/launch.py --timeout 290 8 benchmarks/exchange_gpu.py \
