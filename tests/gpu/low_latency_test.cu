@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "tests/gpu/cuda_machine.h"
-#include "tests/kernels/low_latency_cases.h"
+#include "tests/kernels/low_latency_interleaved.h"
 
 namespace wideep {
 namespace testing {
@@ -65,6 +65,7 @@ TEST(OverlappedHalvesWithDelays) {
     c.delay_us = 100;
     if (!RunOverlappedHalves(ranks, c, 50, random)) return;
     if (!RunDispatchHalvesAlone(ranks, c, 50, random)) return;
+    if (!RunInterleaved(ranks, c, 50, random)) return;
   }
 }
 

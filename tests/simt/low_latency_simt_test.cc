@@ -1,7 +1,7 @@
 // The low-latency kernels in the emulator, against the host's.
 #include <cstdlib>
 
-#include "tests/kernels/low_latency_cases.h"
+#include "tests/kernels/low_latency_interleaved.h"
 #include "tests/simt/simt_machine.h"
 
 namespace wideep {
@@ -63,6 +63,14 @@ TEST(DispatchHalvesAlone) {
     Random random(seed);
     Ranks ranks(Small(2), seed);
     RunDispatchHalvesAlone(ranks, LowLatencyCase{}, 4, random);
+  }
+}
+
+TEST(InterleavedWithPlans) {
+  for (uint64_t seed = 1; seed <= 3; ++seed) {
+    Random random(seed);
+    Ranks ranks(Small(3), seed);
+    RunInterleaved(ranks, LowLatencyCase{}, 4, random);
   }
 }
 
