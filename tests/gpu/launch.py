@@ -3,7 +3,7 @@
     python tests/gpu/launch.py 8 tests/gpu/exchange_suite.py [arguments]
 
 All processes see the GPUs of --devices, by default the first one only: ranks then share it, for which MPS has to run
-(run.sh starts it). Their memory pools are preallocated and fit beside each other, so that a pool is one region that
+(run.sh starts it). On a machine of several GPUs also: --devices=each, or one process with --devices=0,1. Their memory pools are preallocated and fit beside each other, so that a pool is one region that
 peers can map. Prints process 0's output. If a process fails, or time is up, ends the others and prints the end of the
 first failing process's output.
 """
@@ -39,12 +39,12 @@ def environment(
         str(pathlib.Path(__file__).parent),
         os.environ.get("PYTHONPATH", ""),
     ]
-    fraction = min(0.75, 0.8 / arguments.processes)
+    fraction = min(0.75, 0.8 / (1 if arguments.devices == "each" else arguments.processes))
     flags = [os.environ.get("XLA_FLAGS", ""), *arguments.xla_flag]
     if arguments.dump:
         flags += [f"--xla_dump_to={scratch}/dump{process}", f"--xla_dump_hlo_module_re={arguments.dump}"]
     defaults = {
-        "CUDA_VISIBLE_DEVICES": arguments.devices,
+        "CUDA_VISIBLE_DEVICES": str(process) if arguments.devices == "each" else arguments.devices,
         "JAX_PLATFORMS": "cuda",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.3f}",
@@ -84,7 +84,9 @@ def main() -> int:
     )
     parser.add_argument("processes", type=int)
     parser.add_argument("--timeout", type=float, default=120, help="seconds for the whole job")
-    parser.add_argument("--devices", default="0", help="CUDA_VISIBLE_DEVICES of every process")
+    parser.add_argument(
+        "--devices", default="0", help="CUDA_VISIBLE_DEVICES of every process; 'each': a GPU of its own"
+    )
     parser.add_argument("--xla-flag", action="append", default=[], help="added to XLA_FLAGS")
     parser.add_argument(
         "--dump", default="", help="regular expression of module names: XLA dumps them to scratch"
