@@ -3,9 +3,11 @@
     python tests/gpu/launch.py 8 tests/gpu/exchange_suite.py [arguments]
 
 All processes see the GPUs of --devices, by default the first one only: ranks then share it, for which MPS has to run
-(run.sh starts it). On a machine of several GPUs also: --devices=each, or one process with --devices=0,1. Their memory pools are preallocated and fit beside each other, so that a pool is one region that
-peers can map. Prints process 0's output. If a process fails, or time is up, ends the others and prints the end of the
-first failing process's output.
+(run.sh starts it). On a machine of several GPUs also: --devices=each, or one process with --devices=0,1. Memory pools
+are preallocated and fit beside each other, so that a pool is one region that peers can map.
+
+Prints process 0's output. If a process fails, or time is up, ends the others and prints the end of the first failing
+process's output.
 """
 
 from __future__ import annotations
