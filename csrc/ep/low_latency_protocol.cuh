@@ -210,13 +210,16 @@ __device__ inline int PartOf(const int32_t* begin, int num_parts, int32_t item) 
   return low;
 }
 
-/// Calls visit(item) for this warp's share of `num_items`; neighbours go to different blocks. Stops
-/// when it returns false.
+/// The first of this warp's items; neighbours go to different blocks.
+__device__ __forceinline__ int32_t FirstItem() {
+  return static_cast<int32_t>(threadIdx.x / 32 * gridDim.x + blockIdx.x);
+}
+
+/// Calls visit(item) for this warp's share of `num_items`. Stops when it returns false.
 template <typename Visit>
 __device__ __forceinline__ void ForEachItem(int32_t num_items, Visit visit) {
   const int32_t num_warps = gridDim.x * kWarpsPerBlock;
-  for (int32_t item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < num_items;
-       item += num_warps) {
+  for (int32_t item = FirstItem(); item < num_items; item += num_warps) {
     if (!visit(item)) return;
   }
 }

@@ -65,67 +65,57 @@ class TokenBits {
   const int num_words_;
 };
 
-/// Where this lane's selection of a token goes.
-struct Destination {
-  bool leads;        // its lane stores the flag; the others' rows come with it
-  int32_t num_rows;  // that come with the slot
-  char* row;         // in a slot there
-  uint64_t* flag;
-};
+/// Units of 16 bytes of a row that a warp has read, each lane its share.
+constexpr int kSendInFlight = 8;
+struct PieceBits {
+  int4 units[kSendInFlight];
 
-/// Copies a piece to the row of every lane in `leaders`.
-__device__ __forceinline__ void SendPiece(const char* from, int64_t row_bytes, int piece,
-                                          int pieces, char* row, uint32_t leaders) {
-  constexpr int kInFlight = 8;
-  const int lane = threadIdx.x % 32;
-  const PieceRange range = RangeOfPiece(static_cast<int>(row_bytes / 16), piece, pieces);
-  for (int at = range.begin + lane; at - lane < range.end; at += 32 * kInFlight) {
-    int4 bits[kInFlight];
+  /// Units `at`, `at` + 32, .. below `end`; zeros past it.
+  __device__ __forceinline__ void Read(const char* from, int at, int end) {
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (at + 32 * i < range.end)
-        bits[i] = ptx::ld_global_no_allocate_v4(from + (at + 32 * i) * 16);
-    }
-    for (uint32_t left = leaders; left != 0; left &= left - 1) {
-      char* const to = reinterpret_cast<char*>(
-          __shfl_sync(~0u, reinterpret_cast<unsigned long long>(row), __ffs(left) - 1));
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        if (at + 32 * i < range.end) ptx::st_global_v4(to + (at + 32 * i) * 16, bits[i]);
-      }
+    for (int i = 0; i < kSendInFlight; ++i) {
+      units[i] = make_int4(0, 0, 0, 0);
+      if (at + 32 * i < end) units[i] = ptx::ld_global_no_allocate_v4(from + (at + 32 * i) * 16);
     }
   }
+};
+
+__device__ __forceinline__ char* RowOfLane(char* row, int lane) {
+  return reinterpret_cast<char*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(row), lane));
 }
 
-/// The same, as FP8 with scales after the values.
-template <DType kDType>
-__device__ __forceinline__ void SendQuantizedPiece(const char* from, int hidden, int piece,
-                                                   int pieces, char* row, uint32_t leaders) {
-  constexpr int kInFlight = 8;
+/// Sends units [range.begin, range.end) of a token to the row of every lane in `leaders`, as they
+/// are or as FP8 with scales after the values. `bits` holds the first units.
+template <DType kDType, bool kQuantize>
+__device__ __forceinline__ void SendPiece(const char* from, PieceBits& bits, PieceRange range,
+                                          int hidden, char* row, uint32_t leaders) {
   constexpr int kLanes = kLanesPerBlock<kDType>;
   constexpr int kElems = kVectorElems<kDType>;
   const int lane = threadIdx.x % 32;
-  const PieceRange range = RangeOfPiece(hidden / static_cast<int>(kQuantBlock), piece, pieces);
-  const int end = range.end * kLanes;
-  for (int at = range.begin * kLanes + lane; at - lane < end; at += 32 * kInFlight) {
-    int4 bits[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      bits[i] = make_int4(0, 0, 0, 0);
-      if (at + 32 * i < end) bits[i] = ptx::ld_global_no_allocate_v4(from + (at + 32 * i) * 16);
-    }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int vector = at + 32 * i;
-      if (vector - lane >= end) break;
-      const QuantizedPiece<kDType> quantized(bits[i]);
+  for (int first = range.begin; first < range.end; first += 32 * kSendInFlight) {
+    const int at = first + lane;
+    if (first > range.begin) bits.Read(from, at, range.end);
+    if constexpr (!kQuantize) {
       for (uint32_t left = leaders; left != 0; left &= left - 1) {
-        char* const to = reinterpret_cast<char*>(
-            __shfl_sync(~0u, reinterpret_cast<unsigned long long>(row), __ffs(left) - 1));
-        if (vector >= end) continue;
-        quantized.Store(to + vector * kElems);
-        if (vector % kLanes == 0) {
-          reinterpret_cast<float*>(to + hidden)[vector / kLanes] = quantized.scale;
+        char* const to = RowOfLane(row, __ffs(left) - 1);
+#pragma unroll
+        for (int i = 0; i < kSendInFlight; ++i) {
+          if (at + 32 * i < range.end) ptx::st_global_v4(to + (at + 32 * i) * 16, bits.units[i]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSendInFlight; ++i) {
+        const int unit = at + 32 * i;
+        if (unit - lane >= range.end) break;
+        const QuantizedPiece<kDType> quantized(bits.units[i]);
+        for (uint32_t left = leaders; left != 0; left &= left - 1) {
+          char* const to = RowOfLane(row, __ffs(left) - 1);
+          if (unit >= range.end) continue;
+          quantized.Store(to + unit * kElems);
+          if (unit % kLanes == 0) {
+            reinterpret_cast<float*>(to + hidden)[unit / kLanes] = quantized.scale;
+          }
         }
       }
     }
@@ -145,6 +135,26 @@ __device__ void SendTokens(const LowLatencySource& source, LowLatencyCall& call,
   const auto selections = static_cast<int>(t.num_tokens * t.top_k);
   const bool once = layout.once_per_rank;
   TokenBits bits(bit_words, t, num_ranks);
+
+  // Units of a row in pieces; of quantised rows, whole blocks of 128 values.
+  const auto hidden = static_cast<int>(t.hidden);
+  const int64_t row_bytes = t.hidden * static_cast<int64_t>(SizeOf(kDType));
+  constexpr int kStep = kQuantize ? kLanesPerBlock<kDType> : 1;
+  const auto range_of = [&](int piece) {
+    const PieceRange range =
+        RangeOfPiece(static_cast<int>(row_bytes / 16) / kStep, piece, source.pieces);
+    return PieceRange{range.begin * kStep, range.end * kStep};
+  };
+  // This warp's first piece, early: where it goes turns out while it comes.
+  PieceBits piece_bits;
+  const auto num_items = static_cast<int32_t>(t.num_tokens * source.pieces);
+  int32_t read_item = FirstItem();
+  const auto read = [&](int32_t item) {
+    const PieceRange range = range_of(item % source.pieces);
+    piece_bits.Read(source.x + item / source.pieces * row_bytes, range.begin + lane, range.end);
+    read_item = item;
+  };
+  if (read_item < num_items) read(read_item);
 
   int32_t next = static_cast<int>(threadIdx.x) < selections ? source.topk_idx[threadIdx.x] : -1;
   bits.Clear();
@@ -181,9 +191,8 @@ __device__ void SendTokens(const LowLatencySource& source, LowLatencyCall& call,
     }
   }
 
-  const int64_t row_bytes = t.hidden * static_cast<int64_t>(SizeOf(kDType));
-  const auto num_items = static_cast<int32_t>(t.num_tokens * source.pieces);
   ForEachItem(num_items, [&](int32_t item) {
+    if (item != read_item) read(item);
     const int token = item / source.pieces;
     const int piece = item % source.pieces;
     const int32_t selection = token * t.top_k + lane;
@@ -210,13 +219,8 @@ __device__ void SendTokens(const LowLatencySource& source, LowLatencyCall& call,
                                   __float_as_int(weight), 0));
     }
     const uint32_t leaders = __ballot_sync(~0u, leads);
-    const char* from = source.x + token * row_bytes;
-    if constexpr (kQuantize) {
-      SendQuantizedPiece<kDType>(from, static_cast<int>(t.hidden), piece, source.pieces, row,
-                                 leaders);
-    } else {
-      SendPiece(from, row_bytes, piece, source.pieces, row, leaders);
-    }
+    SendPiece<kDType, kQuantize>(source.x + token * row_bytes, piece_bits, range_of(piece), hidden,
+                                 row, leaders);
     __syncwarp();
     // Release: the piece and its entries, by all lanes.
     if (leads) ptx::st_release_sys_u64(flag, CountWord::Pack(call.epoch(), __popc(together)));
