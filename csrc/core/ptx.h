@@ -128,12 +128,13 @@ __device__ inline void st_global_v4(void* pointer, int4 v) {
                : "memory");
 }
 
-/// Global to shared memory, counted in bytes on an mbarrier; addresses and size in units of 16 bytes.
+/// Global to shared memory, counted in bytes on an mbarrier; addresses and size in units of 16
+/// bytes.
 __device__ inline void cp_async_bulk_load(uint32_t smem, const void* pointer, uint32_t bytes,
                                           uint32_t mbarrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          smem),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(smem),
       "l"(pointer), "r"(bytes), "r"(mbarrier)
       : "memory");
 }
@@ -162,10 +163,11 @@ __device__ inline uint64_t createpolicy_l2_evict_last() {
 /// As cp_async_bulk_store, with a policy for the lines of L2 that it writes.
 __device__ inline void cp_async_bulk_store_cache_hint(void* pointer, uint32_t smem, uint32_t bytes,
                                                       uint64_t policy) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::
-                   "l"(pointer),
-               "r"(smem), "r"(bytes), "l"(policy)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(
+          pointer),
+      "r"(smem), "r"(bytes), "l"(policy)
+      : "memory");
 }
 
 /// Waits until at most `kPending` of this thread's groups have yet to finish their writes.

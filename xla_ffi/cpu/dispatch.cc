@@ -55,8 +55,8 @@ ffi::Future CombineGradImpl(int32_t device, ffi::RunId run_id, OpInstance* insta
                             I32Scalar num_rows, ffi::Result<ffi::AnyBuffer> dy,
                             ffi::Result<F32Vector> drow_weights) {
   DispatchShape shape;
-  if (Status status = RowShape("combine's gradient", RowDType(dout.element_type()), dout,
-                               dest_rank, *dy, zero_tail, shape);
+  if (Status status = RowShape("combine's gradient", RowDType(dout.element_type()), dout, dest_rank,
+                               *dy, zero_tail, shape);
       !status.ok()) {
     return FailedFuture(status);
   }
