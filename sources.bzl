@@ -109,6 +109,7 @@ EXCHANGE_CUDA_SOURCES = [
 
 EXCHANGE_CUDA_HEADERS = [
     "csrc/core/convert.cuh",
+    "csrc/ep/load_kernels.h",
     "csrc/core/error_record.h",
     "csrc/core/host_device.h",
     "csrc/core/launch.cuh",

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <initializer_list>
 #include <string>
 
 #include "csrc/core/status.h"
@@ -14,6 +15,27 @@ namespace wideep {
 __device__ __forceinline__ char* DynamicShared() {
   extern __shared__ __align__(1024) char wideep_dynamic_shared[];
   return wideep_dynamic_shared;
+}
+
+/// Loads a kernel now. Otherwise the driver loads it with its first launch, for which it may wait
+/// until the device is idle: for ever, if what runs there waits for another rank of this process.
+template <typename Params>
+Status LoadKernel(void (*kernel)(Params), const char* op) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (error == cudaSuccess) return Status();
+  return Status::Internal(std::string(op) +
+                          ": cannot load the kernel: " + cudaGetErrorString(error));
+}
+
+/// All of `kernels`, or the first error.
+template <typename Params>
+Status LoadKernels(std::initializer_list<void (*)(Params)> kernels, const char* op) {
+  for (const auto kernel : kernels) {
+    if (Status status = LoadKernel(kernel, op); !status.ok()) return status;
+  }
+  return Status();
 }
 
 template <typename Params>

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "csrc/ep/combine.cuh"
+#include "csrc/ep/load_kernels.h"
 
 namespace wideep {
 namespace {
@@ -46,6 +47,19 @@ Status LaunchCombineGrad(const CombineGradParams& p, cudaStream_t stream) {
                                                : CombineGradKernel<DType::kF32>;
   return Launch(kernel, NumBlocks(p.num_tokens, p.peers), kCombineThreads, CombineShared::kNumBytes,
                 stream, p, kOp);
+}
+
+Status LoadCombineKernels() {
+  Status status = LoadKernels<CombineParams>(
+      {CombineKernel<DType::kBF16, true>, CombineKernel<DType::kF16, true>,
+       CombineKernel<DType::kF32, true>, CombineKernel<DType::kBF16, false>,
+       CombineKernel<DType::kF16, false>, CombineKernel<DType::kF32, false>},
+      "combine");
+  if (!status.ok()) return status;
+  return LoadKernels<CombineGradParams>(
+      {CombineGradKernel<DType::kBF16>, CombineGradKernel<DType::kF16>,
+       CombineGradKernel<DType::kF32>},
+      "combine's gradient");
 }
 
 }  // namespace wideep

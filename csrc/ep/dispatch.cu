@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "csrc/ep/dispatch.cuh"
+#include "csrc/ep/load_kernels.h"
 
 namespace wideep {
 
@@ -19,5 +20,7 @@ Status LaunchDispatch(const DispatchParams& params, cudaStream_t stream) {
       DispatchShared::kBuffers + int64_t{kWarpsPerBlock} * p.num_stages * p.piece_bytes;
   return Launch(DispatchKernel, blocks, kDispatchThreads, shared_bytes, stream, p, "dispatch");
 }
+
+Status LoadDispatchKernels() { return LoadKernels({DispatchKernel}, "dispatch"); }
 
 }  // namespace wideep

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <string>
 
+#include "csrc/ep/load_kernels.h"
 #include "csrc/ep/low_latency.cuh"
 
 namespace wideep {
@@ -134,6 +135,33 @@ Status LaunchLowLatencyCombineGrad(const LowLatencyCombineGradParams& params, cu
   return LaunchZeroTails(p.dy, nullptr, p.counts,
                          p.tokens.hidden * static_cast<int64_t>(SizeOf(p.dtype)), p.tokens, p.peers,
                          stream);
+}
+
+Status LoadLowLatencyKernels() {
+  const auto all_types = [](auto load) {
+    Status status = load(std::integral_constant<DType, DType::kBF16>());
+    if (status.ok()) status = load(std::integral_constant<DType, DType::kF16>());
+    if (status.ok()) status = load(std::integral_constant<DType, DType::kF32>());
+    return status;
+  };
+  Status status = all_types([](auto dtype) {
+    constexpr DType kDType = decltype(dtype)::value;
+    return LoadKernels<LowLatencyDispatchParams>(
+        {LowLatencyDispatchKernel<kDType, Wire::kPlain>,
+         LowLatencyDispatchKernel<kDType, Wire::kFp8Dequantized>,
+         LowLatencyDispatchKernel<kDType, Wire::kFp8>},
+        "ll_dispatch");
+  });
+  if (status.ok()) status = LoadKernels({ZeroExpertTailsKernel}, "ll_dispatch");
+  if (!status.ok()) return status;
+  return all_types([](auto dtype) {
+    constexpr DType kDType = decltype(dtype)::value;
+    Status loaded =
+        LoadKernels<LowLatencyCombineParams>({LowLatencyCombineKernel<kDType>}, "ll_combine");
+    if (!loaded.ok()) return loaded;
+    return LoadKernels<LowLatencyCombineGradParams>({LowLatencyCombineGradKernel<kDType>},
+                                                    "ll_combine's gradient");
+  });
 }
 
 }  // namespace wideep

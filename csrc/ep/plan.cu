@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "csrc/ep/load_kernels.h"
 #include "csrc/ep/plan.cuh"
 
 namespace wideep {
@@ -16,5 +17,7 @@ Status LaunchPlan(const PlanParams& p, cudaStream_t stream) {
   return Launch(PlanKernel, blocks, kPlanThreads,
                 PlanShared::NumBytes(p.num_experts, p.peers.num_ranks), stream, p, "make_plan");
 }
+
+Status LoadPlanKernels() { return LoadKernels({PlanKernel}, "make_plan"); }
 
 }  // namespace wideep

@@ -1,5 +1,6 @@
 #include <string>
 
+#include "csrc/ep/load_kernels.h"
 #include "csrc/ep/quantize.cuh"
 
 namespace wideep {
@@ -21,6 +22,12 @@ Status LaunchQuantize(const QuantizeParams& p, cudaStream_t stream) {
   constexpr int64_t kPiecesPerBlock = int64_t{kQuantizeThreads} * kQuantizePieces;
   const auto blocks = static_cast<int>((num_pieces + kPiecesPerBlock - 1) / kPiecesPerBlock);
   return Launch(kernel, blocks, kQuantizeThreads, /*shared_bytes=*/0, stream, p, "quantize");
+}
+
+Status LoadQuantizeKernels() {
+  return LoadKernels<QuantizeParams>(
+      {QuantizeKernel<DType::kBF16>, QuantizeKernel<DType::kF16>, QuantizeKernel<DType::kF32>},
+      "quantize");
 }
 
 }  // namespace wideep

@@ -9,6 +9,8 @@
 #include <cstring>
 #include <vector>
 
+#include "csrc/ep/load_kernels.h"
+
 namespace wideep {
 namespace testing {
 
@@ -33,6 +35,10 @@ class CudaMachine {
     setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
     for (cudaStream_t& stream : streams_) {
       RequireCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+    }
+    if (const Status status = LoadExchangeKernels(); !status.ok()) {
+      std::fprintf(stderr, "%s\n", status.message().c_str());
+      std::exit(2);
     }
   }
   ~CudaMachine() {

@@ -155,7 +155,9 @@ def check_values(world):
 
 
 def check_few_tokens(world):
-    for tokens in (1,) if world.backend == "xla" else (0, 1):
+    # No tokens at all: XLA's GPU compiler (jax 0.11.2) crashes on a program whose inputs are all empty, and in the
+    # backend "xla" gradients do not pass shard_map's type check.
+    for tokens in (0, 1) if world.backend == "cpu" else (1,):
         capacity = max(1, world.num_ranks * tokens * TOP_K)
         with world.group(**settings(world)) as group:
             step = whole_step(world, group, capacity)
@@ -303,8 +305,8 @@ def check_captured(world):
     if world.backend != "cuda" or "graph_min_graph_size" not in os.environ.get("XLA_FLAGS", ""):
         return
     scratch = pathlib.Path(os.environ["WIDEEP_SCRATCH"]) / f"dump{world.process}"
-    dumped = [path for path in scratch.iterdir() if "captured_step" in path.name]
-    captured = [path for path in dumped if "kCommandBuffer" in path.read_text(errors="replace")]
+    dumped = [path for path in scratch.rglob("*") if "captured_step" in str(path) and path.is_file()]
+    captured = [path for path in dumped if b"kCommandBuffer" in path.read_bytes()]
     assert captured, f"no command buffer in {sorted(path.name for path in dumped)}"
 
 
@@ -359,7 +361,10 @@ def expect_failure(group, step, arrays, words, deadline_s):
     """`step` ends within the deadline and two seconds, and check() raises; so does the next step, unless XLA replays it
     from a command buffer, without asking anybody."""
     began = time.monotonic()
-    jax.block_until_ready(step(*arrays))
+    try:
+        jax.block_until_ready(step(*arrays))
+    except jax.errors.JaxRuntimeError as error:  # a later op of the step raises, if the record is there by then
+        assert words[0] in str(error), error
     took = time.monotonic() - began
     assert took < deadline_s + 2, f"took {took:.1f} s"
     raising = [group.check]

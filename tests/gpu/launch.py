@@ -7,7 +7,7 @@ All processes see the GPUs of --devices, by default the first one only: ranks th
 are preallocated and fit beside each other, so that a pool is one region that peers can map.
 
 Prints process 0's output. If a process fails, or time is up, ends the others and prints the end of the first failing
-process's output.
+process's output, then that of the others; where each one stood is part of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def environment(
         "XLA_FLAGS": " ".join(filter(None, flags)),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # where a process stood when it crashed or was aborted
         "WIDEEP_PROCESS": str(process),
         "WIDEEP_NUM_PROCESSES": str(arguments.processes),
         "WIDEEP_COORDINATOR": f"127.0.0.1:{port}",
@@ -78,6 +80,19 @@ def wait(processes: list[subprocess.Popen], timeout_s: float) -> tuple[int | Non
         if time.monotonic() > deadline:
             return codes.index(None), f"was still running after {timeout_s:g} s"
         time.sleep(0.05)
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    """Aborts those that still run, which tells where they stood; kills what does not end by that."""
+    for number in (signal.SIGABRT, signal.SIGKILL):
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+        deadline = time.monotonic() + 3
+        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+            time.sleep(0.05)
+    for process in processes:
+        process.wait()
 
 
 def main() -> int:
@@ -116,14 +131,14 @@ def main() -> int:
         try:
             failed, why = wait(processes, arguments.timeout)
         finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
+            end(processes)
         print(logs[0].read_text(errors="replace"), end="")
         if failed is not None:
             print(f"-- process {failed} of {arguments.processes} {why}; the end of its output:")
-            print(logs[failed].read_text(errors="replace")[-6000:])
+            print(logs[failed].read_text(errors="replace")[-4000:])
+            for number, log in enumerate(logs):
+                if number not in (0, failed):
+                    print(f"-- process {number}:\n{log.read_text(errors='replace')[-1500:]}")
     print(
         f"-- {arguments.processes} processes, {time.monotonic() - began:.1f} s, {'failed' if why else 'ok'}"
     )

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "csrc/ep/load_kernels.h"
 #include "csrc/ep/plan.h"
 #include "csrc/transport/peer.h"
 #include "xla_ffi/cuda/peer_groups.h"
@@ -73,6 +74,9 @@ std::shared_ptr<PeerGroup> MakePeerGroup(int device, int rank, int num_ranks, in
   }
   std::unique_ptr<PeerGroup> group;
   ThrowIf(PeerGroup::Make(settings, pointers, group));
+  const DeviceScope scope(device);
+  ThrowIf(scope.status());
+  ThrowIf(LoadExchangeKernels());
   return group;
 }
 
