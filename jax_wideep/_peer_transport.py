@@ -167,18 +167,19 @@ def choose_forms(settings: PeerSettings, shares_memory: bool) -> tuple[str, str]
     """Forms of dispatch and combine.
 
     A token with k experts has rows at d = R * (1 - (1 - 1/R) ** k) ranks in the mean. Where k / d is small, or where
-    all ranks' memory is the same memory, one pass that writes (reads) every row is best: push for dispatch, pull for
-    combine. Otherwise each token should cross once per rank: pull for dispatch, push for combine.
+    all ranks' memory is the same memory, dispatch writes every row (push); otherwise each token crosses once per rank
+    (pull): 581 against 839 us on two H100s over NVLink (docs/performance_exchange.md). Combine always reads every row
+    (pull): its other form goes through rings, which cost more than the bytes they save.
     """
     num_ranks, top_k = settings.num_ranks, settings.top_k
     ranks_of_token = num_ranks * (1 - (1 - 1 / num_ranks) ** top_k)
-    one_pass = shares_memory or num_ranks == 1 or top_k / ranks_of_token < _ROWS_PER_RANK_FOR_ONCE
+    every_row = shares_memory or num_ranks == 1 or top_k / ranks_of_token < _ROWS_PER_RANK_FOR_ONCE
     dispatch_form: str = settings.dispatch_form
     combine_form: str = settings.combine_form
     if dispatch_form == "auto":
-        dispatch_form = "push" if one_pass else "pull"
+        dispatch_form = "push" if every_row else "pull"
     if combine_form == "auto":
-        combine_form = "pull" if one_pass else "push"
+        combine_form = "pull"
     return dispatch_form, combine_form
 
 

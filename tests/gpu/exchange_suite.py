@@ -394,7 +394,7 @@ def check_bad_index(world):
 
 def check_delayed(world):
     """A rank that comes after the deadline; then a new group."""
-    if world.backend != "cuda" or world.num_ranks == 1:
+    if world.backend != "cuda" or world.num_processes == 1:
         return
     late = world.num_ranks - 1
     inputs = draw(world, 14, 256, jnp.bfloat16)
@@ -418,7 +418,7 @@ def check_delayed(world):
 
 def check_killed(world):
     """A process that ends between two steps; the last check of a job, which its process cannot leave in good order."""
-    if world.backend != "cuda" or world.num_ranks == 1:
+    if world.backend != "cuda" or world.num_processes == 1:
         return
     victim = world.num_ranks - 1
     capacity = world.num_ranks * TOKENS * TOP_K
