@@ -64,7 +64,8 @@ def moe_ffn(
     quantize: Quantize = "fp8",
     plan: DispatchPlan | None = None,
     implementation: Implementation = "auto",
-) -> tuple[Float[jax.Array, "tokens hidden"], MoEStats]:
+    return_stats: bool = True,
+) -> tuple[Float[jax.Array, "tokens hidden"], MoEStats | None]:
     """Sends tokens to their experts, applies them, and sums the outputs at home.
 
         out[t] = sum over k of topk_weights[t, k] * expert[topk_idx[t, k]](x[t])
@@ -89,6 +90,7 @@ def moe_ffn(
       quantize: wire format of low-latency mode, see ll_dispatch.
       plan: a plan already made from topk_idx over this group, to make no second one; throughput mode only.
       implementation: of the expert products, see grouped_matmul.
+      return_stats: False: None in place of statistics, which cost a sum over all ranks in low-latency mode.
 
     Returns:
       Outputs in x's dtype, and statistics.
@@ -112,7 +114,8 @@ def moe_ffn(
                 f"{op}: plan, capacity: expected None in mode 'low_latency', which makes no plan and drops nothing; "
                 "leave them out, or use mode='throughput'"
             )
-        return _low_latency(x, topk_idx, topk_weights, wi, wo, group, activation, quantize, implementation)
+        out = _low_latency(x, topk_idx, topk_weights, wi, wo, group, activation, quantize, implementation)
+        return out, (_low_latency_stats(topk_idx, group) if return_stats else None)
 
     if plan is None:
         plan = make_plan(topk_idx, group, capacity=capacity, overflow=overflow)
@@ -128,7 +131,7 @@ def moe_ffn(
     rows, row_weights = checkpoint_name(dispatch(x, topk_weights, plan, zero_tail=False), _ROWS)
     y = _experts(rows, wi, wo, plan.group_sizes, activation, implementation)
     out = checkpoint_name(combine(y, row_weights, plan, zero_tail=False), _OUTPUT)
-    return out, MoEStats(plan.tokens_per_expert, plan.overflow)
+    return out, (MoEStats(plan.tokens_per_expert, plan.overflow) if return_stats else None)
 
 
 def activate(hidden: jax.Array, activation: Activation) -> jax.Array:
@@ -172,23 +175,24 @@ def _low_latency(x, topk_idx, topk_weights, wi, wo, group, activation, quantize,
 
     tokens = x.shape[0]
     if tokens <= group.chunk:
-        out = one_microbatch(x, topk_idx, topk_weights)
-    else:
-        batches = -(-tokens // group.chunk)
-        spare = batches * group.chunk - tokens
+        return one_microbatch(x, topk_idx, topk_weights)
+    batches = -(-tokens // group.chunk)
+    spare = batches * group.chunk - tokens
 
-        def split(array: jax.Array, fill: int) -> jax.Array:
-            padded = jnp.pad(array, ((0, spare), (0, 0)), constant_values=fill)
-            return padded.reshape(batches, group.chunk, array.shape[1])
+    def split(array: jax.Array, fill: int) -> jax.Array:
+        padded = jnp.pad(array, ((0, spare), (0, 0)), constant_values=fill)
+        return padded.reshape(batches, group.chunk, array.shape[1])
 
-        pieces = (split(x, 0), split(topk_idx, -1), split(topk_weights, 0))
-        out = jax.lax.map(lambda piece: one_microbatch(*piece), pieces).reshape(-1, x.shape[1])[:tokens]
+    pieces = (split(x, 0), split(topk_idx, -1), split(topk_weights, 0))
+    return jax.lax.map(lambda piece: one_microbatch(*piece), pieces).reshape(-1, x.shape[1])[:tokens]
 
+
+def _low_latency_stats(topk_idx, group):
     counted = jnp.where(topk_idx >= 0, topk_idx, group.num_experts).reshape(-1)
     own = jnp.zeros(group.num_experts, jnp.int32).at[counted].add(1, mode="drop")
     (own,) = _ffi.vary([own], group.axis)
     (dropped,) = _ffi.vary([jnp.int32(0)], tuple(_ffi.varying_axes(own)))
-    return out, MoEStats(jax.lax.psum(own, group.axis), dropped)
+    return MoEStats(jax.lax.psum(own, group.axis), dropped)
 
 
 def _check_experts(op, x, wi, wo, group, activation):

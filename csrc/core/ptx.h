@@ -55,6 +55,10 @@ __device__ inline void st_relaxed_sys_u64(uint64_t* pointer, uint64_t v) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(pointer), "l"(v) : "memory");
 }
 
+__device__ inline void st_relaxed_sys_u32(uint32_t* pointer, uint32_t v) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(pointer), "r"(v) : "memory");
+}
+
 __device__ inline void st_release_gpu_u32(uint32_t* pointer, uint32_t v) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(pointer), "r"(v) : "memory");
 }

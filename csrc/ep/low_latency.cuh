@@ -58,7 +58,9 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     SendTokens<kDType, kWire != Wire::kPlain>(source, call, shared.experts(),
                                               shared.token_bits(p.tokens));
   }
-  if (call.Meet() && call.receives()) {
+  if (!call.Meet()) return;
+  if (!call.sends()) call.CountCall();
+  if (call.receives()) {
     ReceiveTokens<kDType, kWire>(p, call, shared.arrivals(p.tokens, p.peers.num_ranks));
   }
 }
@@ -70,10 +72,13 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
   LowLatencyCall call(p.peers, ExchangeOp::kLowLatencyCombine, LowLatencyKind::kCombine, p.part,
                       p.ticket, shared.base);
   call.Begin();
-  if (call.Meet() && call.sends()) {
+  if (call.sends()) {
     SendOutputs(p, p.tokens.hidden * static_cast<int64_t>(SizeOf(kDType)), call,
                 shared.packed_rows());
+  } else {
+    call.Meet();
   }
+  call.CountCall();
   if (call.ok() && call.receives()) ReceiveOutputs<kDType>(p, call, shared.lists[threadIdx.x / 32]);
 }
 

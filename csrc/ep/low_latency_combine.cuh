@@ -17,21 +17,23 @@ class PackedRows {
   __device__ PackedRows(int32_t* words, int local_experts, int32_t rows_per_expert)
       : begin_(words), local_experts_(local_experts), rows_per_expert_(rows_per_expert) {}
 
-  /// All threads of the block; false if a count is not one of this call.
+  /// All threads of the block, right after Begin; false if a rank gave up, or a count is not one of
+  /// this call.
   __device__ bool Fill(const int32_t* counts, LowLatencyCall& call) {
+    int32_t wrong = 0;
     for (int e = threadIdx.x; e < local_experts_; e += blockDim.x) {
       const int32_t count = counts[e];
       begin_[e] = count;
-      if (count < 0 || count > rows_per_expert_) {
-        call.exchange().Fail(Failure::kForeignRows, Phase::kNone, call.rank(), rows_per_expert_ + 1,
-                             count);
-        call.GiveUp();
-      }
+      if (count < 0 || count > rows_per_expert_) wrong = count;
     }
     if (!call.Meet()) return false;
+    if (wrong != 0) {
+      call.exchange().Fail(Failure::kForeignRows, Phase::kNone, call.rank(), rows_per_expert_ + 1,
+                           wrong);
+      call.GiveUp();
+    }
     if (threadIdx.x < 32) SumCounts(begin_, local_experts_);
-    __syncthreads();
-    return true;
+    return call.Meet();
   }
   __device__ int32_t num_rows() const { return begin_[local_experts_]; }
   /// Where row `index` of the list lies.
@@ -46,7 +48,7 @@ class PackedRows {
   const int32_t rows_per_expert_;
 };
 
-/// The expert's end; all threads of the block, after a meeting.
+/// The expert's end; all threads of the block, right after Begin.
 __device__ inline void SendOutputs(const LowLatencyCombineParams& p, int64_t row_bytes,
                                    LowLatencyCall& call, int32_t* words) {
   constexpr int kInFlight = 8;
@@ -64,6 +66,17 @@ __device__ inline void SendOutputs(const LowLatencyCombineParams& p, int64_t row
     const int piece = item % pieces;
     const int32_t source = p.row_source[row];
     const char* from = p.y + row * row_bytes;
+    const PieceRange range = RangeOfPiece(static_cast<int>(row_bytes / 16), piece, pieces);
+    int4 bits[kInFlight];
+    const auto read = [&](int at) {
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (at + 32 * i < range.end) {
+          bits[i] = ptx::ld_global_no_allocate_v4(from + (at + 32 * i) * 16);
+        }
+      }
+    };
+    read(range.begin + lane);  // where they go turns out while they come
     if (source < 0 || source >= num_ranks * selections) {
       if (lane == 0) {
         call.exchange().Fail(Failure::kForeignRows, Phase::kNone, call.rank(),
@@ -75,15 +88,8 @@ __device__ inline void SendOutputs(const LowLatencyCombineParams& p, int64_t row
     const int home = source / selections;
     const int64_t selection = source % selections;
     char* const to = call.In<char>(home, layout.home_rows) + selection * layout.row_stride;
-    const PieceRange range = RangeOfPiece(static_cast<int>(row_bytes / 16), piece, pieces);
     for (int at = range.begin + lane; at < range.end; at += 32 * kInFlight) {
-      int4 bits[kInFlight];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        if (at + 32 * i < range.end) {
-          bits[i] = ptx::ld_global_no_allocate_v4(from + (at + 32 * i) * 16);
-        }
-      }
+      if (at >= range.begin + 32 * kInFlight) read(at);
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if (at + 32 * i < range.end) ptx::st_global_v4(to + (at + 32 * i) * 16, bits[i]);
@@ -118,7 +124,7 @@ __device__ void ReceiveOutputs(const LowLatencyCombineParams& p, LowLatencyCall&
     const int64_t selection = token * t.top_k + lane;
     const int32_t expert = lane < t.top_k ? p.topk_idx[selection] : -1;
     const int32_t dst = expert >= 0 ? expert / local_experts : -1;
-    const float weight = expert >= 0 ? p.topk_weights[selection] : 0.0f;
+    const float weight = lane < t.top_k ? p.topk_weights[selection] : 0.0f;
     const SumOrder order = OrderByRank(dst, t.top_k);
     bool came = true;
     if (dst >= 0) {

@@ -27,8 +27,8 @@
 // received, began by saying so. Ops of the throughput shape and of the other kind use other memory
 // and may come in between.
 //
-// The epoch is counted up by the last block that has begun: all threads of all blocks have read it
-// by then, and nothing is left to do at the end of a kernel.
+// The epoch is counted up by the last block that comes to CountCall, at a place where its last warp
+// has time: all threads of all blocks have read it by then.
 #pragma once
 
 #include "csrc/ep/exchange_protocol.cuh"
@@ -109,10 +109,13 @@ class LowLatencyCall {
   /// Block barrier. False if a thread of the block gave up before it, or before an earlier one.
   __device__ bool Meet() {
     __syncthreads();
-    if (shared_.failed[meeting_] != 0 || shared_.aborted != 0) ok_ = false;
-    // The last thread's warp is the last to find work.
-    if (meeting_++ == 0 && ok_ && threadIdx.x == blockDim.x - 1) CountBlock();
+    if (shared_.failed[meeting_++] != 0 || shared_.aborted != 0) ok_ = false;
     return ok_;
+  }
+  /// Counts the call, once in each block, after a meeting. It takes the last warp a microsecond,
+  /// which is the last one to find work; the others do not wait.
+  __device__ void CountCall() {
+    if (ok_ && threadIdx.x == blockDim.x - 1) CountBlock();
   }
   /// What every thread of the block knows since it last met.
   __device__ bool ok() const { return ok_; }
@@ -126,10 +129,18 @@ class LowLatencyCall {
   static __device__ constexpr int Index(LowLatencyKind kind) { return static_cast<int>(kind); }
 
   __device__ void SayDone(int peer) {
+    uint32_t received[4];
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
-      // Release: what the kernel of that call read.
-      ptx::st_release_sys_u32(&exchange_.In<uint32_t>(peer, layout_.Done(i, num_ranks()))[rank()],
-                              ptx::ld_relaxed_gpu_u32(&exchange_.control()->ll_received[i]));
+      received[i] = ptx::ld_relaxed_gpu_u32(&exchange_.control()->ll_received[i]);
+    }
+    char* const there = exchange_.arena(peer);
+    // Release, once for all four: what the kernels of those calls read.
+    ptx::fence_acq_rel_sys();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      auto* done = reinterpret_cast<uint32_t*>(there + layout_.Done(i, num_ranks()));
+      ptx::st_relaxed_sys_u32(&done[rank()], received[i]);
     }
   }
 

@@ -44,11 +44,13 @@ class ArrivalTable {
   __device__ bool Fill() {
     const LowLatencyLayout& layout = call_.layout();
     const int num_lists = local_experts_ * num_ranks_;
+    const int thread = threadIdx.x;
     WaitForCounts(call_.In<const uint64_t>(call_.rank(), layout.expert_counts), num_lists,
-                  first_row_);
+                  first_row_, thread);
     if (layout.once_per_rank) {
-      WaitForCounts(call_.In<const uint64_t>(call_.rank(), layout.token_counts), num_ranks_,
-                    begin_);
+      // By threads that most likely have no other.
+      WaitForCounts(call_.In<const uint64_t>(call_.rank(), layout.token_counts), num_ranks_, begin_,
+                    blockDim.x - 1 - thread);
     }
     if (!call_.Meet()) return false;
     if (!layout.once_per_rank) {
@@ -122,9 +124,9 @@ class ArrivalTable {
   __device__ int num_parts() const {
     return call_.layout().once_per_rank ? num_ranks_ : local_experts_ * num_ranks_;
   }
-  /// counts[i] is from rank i % num_ranks.
-  __device__ void WaitForCounts(const uint64_t* words, int num_words, int32_t* counts) {
-    for (int i = threadIdx.x; i < num_words; i += blockDim.x) {
+  /// counts[i] is from rank i % num_ranks. `first` is this thread's first one.
+  __device__ void WaitForCounts(const uint64_t* words, int num_words, int32_t* counts, int first) {
+    for (int i = first; i < num_words; i += blockDim.x) {
       uint64_t word = 0;
       const bool came = call_.exchange().Wait(
           [&] {
@@ -180,16 +182,18 @@ __device__ __forceinline__ void KeepFp8Piece(const Arrival& arrival, char* rows,
   const int lane = threadIdx.x % 32;
   const int num_blocks = hidden / static_cast<int>(kQuantBlock);
   const auto* scales = reinterpret_cast<const float*>(arrival.row + hidden);
+  const auto scale_of = [&](int block) { return block < blocks.end ? scales[block] : 0.0f; };
+  float scale = scale_of(blocks.begin + lane);  // comes while the values do
+  CopyPiece(arrival, rows, hidden,
+            {blocks.begin * kVectorsPerBlock, blocks.end * kVectorsPerBlock});
   for (int first = blocks.begin; first < blocks.end; first += 32) {
     const int block = first + lane;
-    const float scale = block < blocks.end ? scales[block] : 0.0f;
+    if (first > blocks.begin) scale = scale_of(block);
     for (int r = 0; r < arrival.num_rows; ++r) {
       const int64_t row = __shfl_sync(~0u, arrival.out_row, r);
       if (block < blocks.end) row_scales[row * num_blocks + block] = scale;
     }
   }
-  CopyPiece(arrival, rows, hidden,
-            {blocks.begin * kVectorsPerBlock, blocks.end * kVectorsPerBlock});
 }
 
 /// FP8 values times their scales, in type kDType.
@@ -257,9 +261,14 @@ __device__ void ReceiveTokens(const LowLatencyDispatchParams& p, LowLatencyCall&
       p.counts[e] = table.count(e);
     }
   }
-  ForEachItem(table.local_experts(), [&](int32_t e) {
+  constexpr int kTailParts = 4;
+  ForEachItem(table.local_experts() * kTailParts, [&](int32_t item) {
+    const int e = item / kTailParts;
     int32_t* const sources = p.row_source + int64_t{e} * table.rows_per_expert();
-    for (int i = table.count(e) + lane; i < table.rows_per_expert(); i += 32) sources[i] = -1;
+    for (int i = table.count(e) + item % kTailParts * 32 + lane; i < table.rows_per_expert();
+         i += 32 * kTailParts) {
+      sources[i] = -1;
+    }
     return true;
   });
 

@@ -104,17 +104,24 @@ __device__ __forceinline__ void SendPiece(const char* from, PieceBits& bits, Pie
         }
       }
     } else {
+      // Several units side by side: each is a chain of exchanges between lanes.
+      constexpr int kTogether = 4;
 #pragma unroll
-      for (int i = 0; i < kSendInFlight; ++i) {
-        const int unit = at + 32 * i;
-        if (unit - lane >= range.end) break;
-        const QuantizedPiece<kDType> quantized(bits.units[i]);
+      for (int i = 0; i < kSendInFlight; i += kTogether) {
+        if (first + 32 * i >= range.end) break;
+        const QuantizedPiece<kDType> quantized[kTogether] = {
+            QuantizedPiece<kDType>(bits.units[i]), QuantizedPiece<kDType>(bits.units[i + 1]),
+            QuantizedPiece<kDType>(bits.units[i + 2]), QuantizedPiece<kDType>(bits.units[i + 3])};
         for (uint32_t left = leaders; left != 0; left &= left - 1) {
           char* const to = RowOfLane(row, __ffs(left) - 1);
-          if (unit >= range.end) continue;
-          quantized.Store(to + unit * kElems);
-          if (unit % kLanes == 0) {
-            reinterpret_cast<float*>(to + hidden)[unit / kLanes] = quantized.scale;
+#pragma unroll
+          for (int j = 0; j < kTogether; ++j) {
+            const int unit = at + 32 * (i + j);
+            if (unit >= range.end) continue;
+            quantized[j].Store(to + unit * kElems);
+            if (unit % kLanes == 0) {
+              reinterpret_cast<float*>(to + hidden)[unit / kLanes] = quantized[j].scale;
+            }
           }
         }
       }
@@ -175,6 +182,7 @@ __device__ void SendTokens(const LowLatencySource& source, LowLatencyCall& call,
     }
   }
   if (!call.Meet()) return;
+  call.CountCall();
 
   const int thread = static_cast<int>(threadIdx.x * gridDim.x + blockIdx.x);
   const int num_threads = static_cast<int>(gridDim.x * blockDim.x);

@@ -260,6 +260,7 @@ def _on_one_rank(config, return_stats, params, x, optional):
         overflow=config.overflow,
         activation=config.activation,
         quantize=config.quantize,
+        return_stats=return_stats,
     )
     if config.shared_ffn:
         with jax.named_scope("wideep_shared_expert"):
