@@ -118,7 +118,7 @@ def connect(settings: PeerSettings) -> PeerTransport:
     _agree(hello)
     assert module is not None  # otherwise an obstacle, above
     gpus = [gpu for record in hello.values() for gpu in record["gpus"]]
-    num_sms = choose_num_sms(settings.num_sms, gpus)
+    num_sms = choose_num_sms(settings.num_sms, settings.num_ranks, gpus)
     shares_memory = len({gpu["uuid"] for gpu in gpus}) < len(gpus)
     dispatch_form, combine_form = choose_forms(settings, shares_memory)
 
@@ -150,11 +150,15 @@ def connect(settings: PeerSettings) -> PeerTransport:
     return PeerTransport(module, handle, num_sms, dispatch_form, combine_form)
 
 
-def choose_num_sms(asked: int | None, gpus: Sequence[dict[str, Any]]) -> int:
-    """`asked`, or by default 16, or as many as fit where ranks share a GPU: their blocks must all run at once."""
+def choose_num_sms(asked: int | None, num_ranks: int, gpus: Sequence[dict[str, Any]]) -> int:
+    """`asked`, or by default 16, or as many as fit where ranks share a GPU: their blocks must all run at once.
+
+    A group of one rank takes its whole GPU by default: it waits for nobody, and rows stay in its memory.
+    """
     ranks_on = Counter(gpu["uuid"] for gpu in gpus)
     most = min(gpu["num_sms"] // ranks_on[gpu["uuid"]] // 2 * 2 for gpu in gpus)
-    chosen = min(_DEFAULT_NUM_SMS, most) if asked is None else asked
+    default = most if num_ranks == 1 else min(_DEFAULT_NUM_SMS, most)
+    chosen = default if asked is None else asked
     if not 2 <= chosen <= most:
         raise ValueError(
             f"ExpertGroup: num_sms: expected 2 to {most}, got {chosen}: up to {max(ranks_on.values())} ranks share a "

@@ -45,7 +45,8 @@ class ExpertGroup:
       chunk: most tokens per rank and call in the low-latency shape.
       deadline_s: seconds after which a rank that has not come is reported as missing.
       num_sms: on the backend "cuda": SMs that an exchange uses on each rank; even, at least 2. None: 16, or as
-        many as fit where ranks share a GPU. After construction: the number chosen.
+        many as fit where ranks share a GPU; all of its GPU for a group of one rank. After construction: the number
+        chosen.
       zero_copy: on the backend "cuda": "auto" moves rows between XLA's own buffers where peers can map them;
         "off" sends everything through fixed-size rings, with the same results.
       dispatch_form: on the backend "cuda": "push" has senders write every row to its place, "pull" has receivers

@@ -200,14 +200,23 @@ def test_what_stands_in_the_way_is_known_everywhere(connect_all):
 def test_blocks_of_ranks_that_share_a_gpu_fit():
     gpu = {"uuid": "a", "num_sms": 132}
     other = {"uuid": "b", "num_sms": 132}
-    assert _peer_transport.choose_num_sms(None, [gpu, other]) == 16
-    assert _peer_transport.choose_num_sms(None, [gpu] * 8) == 16
-    assert _peer_transport.choose_num_sms(None, [gpu] * 11) == 12
-    assert _peer_transport.choose_num_sms(24, [gpu] * 5) == 24
+    assert _peer_transport.choose_num_sms(None, 2, [gpu, other]) == 16
+    assert _peer_transport.choose_num_sms(None, 8, [gpu] * 8) == 16
+    assert _peer_transport.choose_num_sms(None, 11, [gpu] * 11) == 12
+    assert _peer_transport.choose_num_sms(24, 5, [gpu] * 5) == 24
     with pytest.raises(
         ValueError, match="num_sms: expected 2 to 16, got 18: up to 8 ranks share a GPU of 132 SMs"
     ):
-        _peer_transport.choose_num_sms(18, [gpu] * 8 + [other])
+        _peer_transport.choose_num_sms(18, 9, [gpu] * 8 + [other])
+
+
+def test_group_of_one_rank_takes_its_gpu():
+    gpu = {"uuid": "a", "num_sms": 132}
+    assert _peer_transport.choose_num_sms(None, 1, [gpu]) == 132
+    assert _peer_transport.choose_num_sms(None, 1, [{"uuid": "a", "num_sms": 115}]) == 114
+    assert _peer_transport.choose_num_sms(16, 1, [gpu]) == 16
+    # Eight such groups side by side on one GPU.
+    assert _peer_transport.choose_num_sms(None, 1, [gpu] * 8) == 16
 
 
 def test_rule_of_forms():
