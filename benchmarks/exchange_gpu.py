@@ -1,24 +1,33 @@
 """Times plan, dispatch, combine and their gradients on the GPU ranks of tests/gpu/world.py.
 
-    python tests/gpu/launch.py 8 benchmarks/exchange_gpu.py [--tokens 4096 --hidden 7168 --top-k 8 --sms 16 ..]
+    python tests/gpu/launch.py --xla-flag=--xla_gpu_graph_min_graph_size=1 8 benchmarks/exchange_gpu.py
+        [--tokens 4096 --hidden 7168 --top-k 8 --sms 16 --form chain loop ..]
 
-An op is called --calls times in a loop inside one jitted function; a time is that of the whole function on the
-slowest rank, divided by the calls, and a figure the mean over --repeats of them after one that is not counted. The
-function makes the plan once before its loop. Inputs are bfloat16, rows past the plan's are left alone
-(zero_tail=False), capacities are the largest rank's rows and 5% more. Several values of --tokens, --hidden, --top-k,
---sms and --routing run in all combinations.
+Two forms, each one jitted function, timed on the slowest rank, from the barrier before it to its end:
+
+  chain  the ops follow each other in the program, each after the one before (by optimization barriers); with the flag
+         above XLA captures them in a command buffer. Time of an op: (T(2n) - T(n)) / n of chains of n = --calls ops, so
+         that what a call of the function costs is not in it. Chains run in a fori_loop of as many rounds as make the
+         difference 20 ms or more (at most 50).
+  loop   a fori_loop of --calls rounds with one op each; the whole time, divided by the calls.
+
+A figure is the mean over --repeats after one that is not counted. The function makes the plan once, before. Inputs are
+bfloat16, rows past the plan's are left alone (zero_tail=False), capacities are the largest rank's rows and 5% more.
+Several values of --tokens, --hidden, --top-k, --sms, --form and --routing run in all combinations.
 
 Floors are the bytes that an op has to move over the speed of a copy, measured in the same run by all ranks at once:
 dispatch reads x and writes the rows, combine the reverse, combine's gradient reads rows and writes rows; with ranks on
-GPUs of their own that is each GPU's own memory. On the FP8 wire only wire rows are counted.
+GPUs of their own that is each GPU's own memory. On the FP8 wire rows are wire rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -47,7 +56,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """`body(group, plan, arrays)` returns a scalar of what it computed; `floor_bytes` of one rank."""
+    """`body(group, capacity, plan, arrays)` returns a small output of the op; `floor_bytes` of one rank."""
 
     name: str
     settings: dict[str, str]
@@ -60,12 +69,11 @@ def rows_and_tokens(row_factor: int, token_factor: int) -> Callable[[Case, float
 
 
 def plan_only(group, capacity, plan, a):
-    made = wep.make_plan(a["topk_idx"], group, capacity=capacity)
-    return made.num_rows.astype(jnp.float32)
+    return wep.make_plan(a["topk_idx"], group, capacity=capacity).num_rows
 
 
 def dispatch_only(group, capacity, plan, a, **options):
-    return wep.dispatch(a["x"], a["weights"], plan, zero_tail=False, **options)[1][0]
+    return wep.dispatch(a["x"], a["weights"], plan, zero_tail=False, **options)[1]
 
 
 def plan_and_dispatch(group, capacity, plan, a, **options):
@@ -78,15 +86,15 @@ def plan_and_fp8(group, capacity, plan, a):
 
 
 def combine_only(group, capacity, plan, a):
-    return wep.combine(a["rows"], a["row_weights"], plan, zero_tail=False)[0, 0].astype(jnp.float32)
+    return wep.combine(a["rows"], a["row_weights"], plan, zero_tail=False)
 
 
 def dispatch_grad(group, capacity, plan, a):
-    return _ffi.dispatch_grad(a["rows"], a["row_weights"], plan)[1][0, 0]
+    return _ffi.dispatch_grad(a["rows"], a["row_weights"], plan)[1]
 
 
 def combine_grad(group, capacity, plan, a):
-    return _ffi.combine_grad(a["x"], a["rows"], a["row_weights"], plan, False)[1][0]
+    return _ffi.combine_grad(a["x"], a["rows"], a["row_weights"], plan, False)[1]
 
 
 PUSH, PULL = {"dispatch_form": "push"}, {"dispatch_form": "pull"}
@@ -101,7 +109,7 @@ OPS = [
     Op("plan+dispatch rings", RINGS | PUSH, plan_and_dispatch, ONE_WAY),
     Op(
         "plan+dispatch fp8 push", PUSH, plan_and_fp8,
-        lambda case, rows: _ffi.wire_row_bytes(case.hidden) * (rows + case.tokens),
+        lambda case, rows: _ffi.wire_row_bytes(case.hidden) * rows + 2.0 * case.hidden * case.tokens,
     ),
     Op("dispatch push", PUSH, dispatch_only, ONE_WAY),
     Op("dispatch pull", PULL, dispatch_only, ONE_WAY),
@@ -168,7 +176,29 @@ def draw(world: World, case: Case) -> dict[str, np.ndarray]:
     }
 
 
-def measure(world: World, clock: Clock, case: Case, ops: list[Op], calls: int, copy_speed: float):
+def seconds_of(world, clock, op, group, capacity, arrays, *, rounds: int, chain: int) -> list[float]:
+    """Of `rounds` times `chain` ops."""
+
+    def run(a):
+        plan = wep.make_plan(a["topk_idx"], group, capacity=capacity)
+
+        def one_round(_, total):
+            inputs, outputs = a, []
+            for _ in range(chain):
+                outputs.append(op.body(group, capacity, plan, inputs))
+                # The next op's inputs are there once this one's output is.
+                inputs, outputs[-1] = jax.lax.optimization_barrier((inputs, outputs[-1]))
+            return total + sum(output.ravel()[0].astype(jnp.float32) for output in outputs)
+
+        start = _ffi.vary([jnp.float32(0)], (AXIS,))[0]
+        return jax.lax.fori_loop(0, rounds, one_round, start)[None]
+
+    return clock.seconds(world.on_ranks(run), arrays)
+
+
+def measure(
+    world: World, clock: Clock, case: Case, ops: list[Op], forms: list[str], calls: int, copy_speed: float
+):
     drawn = draw(world, case)
     capacity, mean_rows = drawn["capacity"], float(drawn["received"].mean())
     arrays = {name: world.put(drawn[name]) for name in ("topk_idx", "x", "weights")}
@@ -187,26 +217,28 @@ def measure(world: World, clock: Clock, case: Case, ops: list[Op], calls: int, c
             "deadline_s": 10.0,
         }
         with world.group(**settings, num_sms=case.num_sms, **op.settings) as group:
-
-            def run(a, op=op, group=group):
-                plan = wep.make_plan(a["topk_idx"], group, capacity=capacity)
-                one = lambda _, total: total + op.body(group, capacity, plan, a)  # noqa: E731
-                start = _ffi.vary([jnp.float32(0)], (AXIS,))[0]
-                return jax.lax.fori_loop(0, calls, one, start)[None]
-
-            seconds = [t / calls for t in clock.seconds(world.on_ranks(run), arrays)]
+            timed = functools.partial(seconds_of, world, clock, op, group, capacity, arrays)
+            seconds = {"loop": [t / calls for t in timed(rounds=calls, chain=1)]}
+            if "chain" in forms:
+                rounds = min(50, max(2, math.ceil(0.02 / calls / min(seconds["loop"]))))
+                short, long = (timed(rounds=rounds, chain=chain) for chain in (calls, 2 * calls))
+                base = statistics.mean(short)
+                seconds["chain"] = [(t - base) / (rounds * calls) for t in long]
             group.check()
         floor = op.floor_bytes(case, mean_rows) * world.num_ranks / copy_speed
-        yield {
-            "op": op.name,
-            "ranks": world.num_ranks,
-            **dataclasses.asdict(case),
-            "us": round(statistics.mean(seconds) * 1e6, 1),
-            "us_each": [round(t * 1e6, 1) for t in seconds],
-            "floor_us": round(floor * 1e6, 1),
-            "rows_per_rank": mean_rows,
-            "rows_most": int(drawn["received"].max()),
-        }
+        for form in forms:
+            yield {
+                "kind": "exchange_jax",
+                "op": op.name,
+                "form": form,
+                "ranks": world.num_ranks,
+                **dataclasses.asdict(case),
+                "us": round(statistics.mean(seconds[form]) * 1e6, 1),
+                "us_each": [round(t * 1e6, 1) for t in seconds[form]],
+                "floor_us": round(floor * 1e6, 1),
+                "rows_per_rank": mean_rows,
+                "rows_most": int(drawn["received"].max()),
+            }
 
 
 def main() -> None:
@@ -219,9 +251,11 @@ def main() -> None:
     parser.add_argument("--sms", type=int, nargs="+", default=[16], help="of each rank")
     parser.add_argument("--routing", nargs="+", default=["uniform"], choices=["uniform", "zipf", "hot"])
     parser.add_argument("--ops", nargs="+", default=[""], help="parts of the ops' names")
-    parser.add_argument("--calls", type=int, default=20, help="in a loop")
+    parser.add_argument("--form", nargs="+", default=["chain", "loop"], choices=["chain", "loop"])
+    parser.add_argument("--calls", type=int, default=20, help="in a chain or loop")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="file that gets a line per figure")
+    parser.add_argument("--date", default="", help="for that file")
     arguments = parser.parse_args()
 
     world = World()
@@ -234,23 +268,23 @@ def main() -> None:
         f"{world.num_ranks} ranks on {kind}, copy {copy_speed / 1e9:.0f} GB/s over all ranks, jax {jax.__version__}"
     )
     world.say(
-        f"{'op':24} {'tokens':>6} {'hidden':>6} {'top-k':>5} {'SMs':>4} {'routing':>8} {'us':>9} {'floor':>8}   part"
+        f"{'op':24} {'form':5} {'tokens':>6} {'hidden':>6} {'top-k':>5} {'SMs':>4} {'routing':>8} {'us':>9} "
+        f"{'floor':>8}   part"
     )
     for values in itertools.product(
         arguments.tokens, arguments.hidden, arguments.top_k, arguments.sms, arguments.routing
     ):
         case = Case(*values)
-        for figure in measure(world, clock, case, ops, arguments.calls, copy_speed):
+        for figure in measure(world, clock, case, ops, arguments.form, arguments.calls, copy_speed):
             part = f"{figure['floor_us'] / figure['us']:6.1%}" if figure["floor_us"] else ""
             world.say(
-                f"{figure['op']:24} {case.tokens:6} {case.hidden:6} {case.top_k:5} {case.num_sms:4} {case.routing:>8} "
-                f"{figure['us']:9.1f} {figure['floor_us']:8.1f} {part:>6}"
+                f"{figure['op']:24} {figure['form']:5} {case.tokens:6} {case.hidden:6} {case.top_k:5} {case.num_sms:4} "
+                f"{case.routing:>8} {figure['us']:9.1f} {figure['floor_us']:8.1f} {part:>6}"
             )
             if arguments.json and world.process == 0:
                 with open(arguments.json, "a") as file:
-                    file.write(
-                        json.dumps(figure | {"device": kind, "copy_gb_per_s": copy_speed / 1e9}) + "\n"
-                    )
+                    machine = {"device": kind, "date": arguments.date, "copy_gb_s": round(copy_speed / 1e9)}
+                    file.write(json.dumps(figure | machine) + "\n")
 
 
 if __name__ == "__main__":
