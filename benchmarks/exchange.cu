@@ -15,8 +15,6 @@
 // that all ranks read and write, at the speed of a device-to-device copy measured in the same run.
 // Logical bytes: all rows; wire bytes: what crosses from one rank to another. One GPU stands for
 // all: this shows neither NVLink nor its latency.
-#include <cuda_bf16.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
