@@ -509,7 +509,10 @@ void RunAll(Options o) {
   if (o.sms == 0) o.sms = o.ranks == 1 ? report.num_sms / 2 * 2 : 16;
   Run(o, report, /*all_ops=*/true);
   if (o.sweep) {
-    for (const Options& one : Sweep(o, report.num_sms)) Run(one, report, /*all_ops=*/false);
+    for (const Options& one : Sweep(o, report.num_sms)) {
+      // A single rank with the whole GPU is a point of its own.
+      Run(one, report, /*all_ops=*/one.ranks == 1 && one.sms > o.sms);
+    }
   }
   if (report.json != nullptr) std::fclose(report.json);
 }

@@ -104,11 +104,11 @@ ONE_WAY = rows_and_tokens(1, 1)
 
 OPS = [
     Op("plan", {}, plan_only, lambda case, rows: 0.0),
-    Op("plan+dispatch push", PUSH, plan_and_dispatch, ONE_WAY),
-    Op("plan+dispatch pull", PULL, plan_and_dispatch, ONE_WAY),
-    Op("plan+dispatch rings", RINGS | PUSH, plan_and_dispatch, ONE_WAY),
+    Op("plan + dispatch push", PUSH, plan_and_dispatch, ONE_WAY),
+    Op("plan + dispatch pull", PULL, plan_and_dispatch, ONE_WAY),
+    Op("plan + dispatch rings", RINGS | PUSH, plan_and_dispatch, ONE_WAY),
     Op(
-        "plan+dispatch fp8 push", PUSH, plan_and_fp8,
+        "plan + quantize + dispatch fp8 push", PUSH, plan_and_fp8,
         lambda case, rows: _ffi.wire_row_bytes(case.hidden) * rows + 2.0 * case.hidden * case.tokens,
     ),
     Op("dispatch push", PUSH, dispatch_only, ONE_WAY),
@@ -268,7 +268,7 @@ def main() -> None:
         f"{world.num_ranks} ranks on {kind}, copy {copy_speed / 1e9:.0f} GB/s over all ranks, jax {jax.__version__}"
     )
     world.say(
-        f"{'op':24} {'form':5} {'tokens':>6} {'hidden':>6} {'top-k':>5} {'SMs':>4} {'routing':>8} {'us':>9} "
+        f"{'op':36} {'form':5} {'tokens':>6} {'hidden':>6} {'top-k':>5} {'SMs':>4} {'routing':>8} {'us':>9} "
         f"{'floor':>8}   part"
     )
     for values in itertools.product(
@@ -278,7 +278,7 @@ def main() -> None:
         for figure in measure(world, clock, case, ops, arguments.form, arguments.calls, copy_speed):
             part = f"{figure['floor_us'] / figure['us']:6.1%}" if figure["floor_us"] else ""
             world.say(
-                f"{figure['op']:24} {figure['form']:5} {case.tokens:6} {case.hidden:6} {case.top_k:5} {case.num_sms:4} "
+                f"{figure['op']:36} {figure['form']:5} {case.tokens:6} {case.hidden:6} {case.top_k:5} {case.num_sms:4} "
                 f"{case.routing:>8} {figure['us']:9.1f} {figure['floor_us']:8.1f} {part:>6}"
             )
             if arguments.json and world.process == 0:
