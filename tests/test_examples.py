@@ -112,6 +112,15 @@ def test_decode_with_random_weights(text_folder):
     assert "prefill  768 tokens" in output and "6 sequences x 3 steps" in output
 
 
+@pytest.mark.parametrize("wire", ["fp8", "none"])
+def test_overlapped_decode_gives_the_same(wire):
+    output = run("decode_overlap.py", "--devices", 4, "--layers", 2, "--steps", 3, "--quantize", wire)
+    assert "4 x cpu, backend cpu: 16 tokens a rank, 2 layers" in output
+    for name in ("plain", "in_halves", "overlapped"):
+        assert re.search(rf"^{name} +[\d.]+ ms a step", output, re.MULTILINE), output
+    assert float(re.search(r"differ by at most (\S+) of the largest", output)[1]) < 1e-5
+
+
 def test_demo(tmp_path):
     output = run("demo.py", *SMALL, "--steps", 20, "--new-tokens", 8, "--out", tmp_path / "out")
     for row in ("attention", "routing", "exchange", "experts", "rest", "step", "padded all_to_all", "ring"):

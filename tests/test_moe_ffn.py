@@ -136,3 +136,20 @@ def test_narrow_dtypes(group, mode, dtype):
     wide = [a.astype(jnp.float32) for a in narrow]
     want = oracle.dense_moe(wide[0], topk_idx, *wide[1:], swiglu)
     relative(out.astype(jnp.float32), want, 0.03)
+
+
+@pytest.mark.parametrize("mode", ["throughput", "low_latency"])
+def test_no_statistics_where_none_are_wanted(make_group, mode):
+    group = make_group(RANKS, num_experts=EXPERTS, top_k=TOP_K, hidden=HIDDEN, chunk=4)
+    floats, topk_idx = inputs(tokens=4)
+    with_stats = jax.jit(spread(group, mode=mode, quantize=None))(*floats, topk_idx)[0]
+
+    def body(x, weights, wi, wo, topk_idx):
+        out, stats = wep.moe_ffn(
+            x, topk_idx, weights, wi, wo, group, mode=mode, quantize=None, return_stats=False
+        )
+        assert stats is None
+        return out
+
+    run = jax.jit(jax.shard_map(body, mesh=group.mesh, in_specs=SPEC, out_specs=SPEC))
+    np.testing.assert_array_equal(run(*floats, topk_idx), with_stats)

@@ -1,12 +1,15 @@
 """The example transformer against a float64 NumPy one that loops over tokens, heads and experts."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_wideep.flax.transformer import Transformer, TransformerConfig, compile_steps
+from jax_wideep.flax.transformer import Transformer, TransformerConfig, compile_steps, make_transformer
 
 CONFIG = TransformerConfig(vocab=32, hidden=128, num_layers=2, num_heads=4, ffn=16, num_experts=16, top_k=2)
 
@@ -165,6 +168,41 @@ def test_sequences_and_experts_are_spread_over_the_devices(make_model):
     _, decode_step = compile_steps(model)
     _, cache = decode_step(jnp.zeros(16, jnp.int32), cache)
     assert cache.values.addressable_shards[0].data.shape == (2, 2, 4, 4, 32)
+
+
+def test_parameters_made_where_they_lie_are_the_same(make_model):
+    model = make_model()
+    made = make_transformer(CONFIG, model.group, seed=0)
+    ours, theirs = (dict(nnx.to_flat_state(nnx.state(each))) for each in (made, model))
+    assert ours.keys() == theirs.keys()
+    for path, param in theirs.items():
+        value = ours[path][...]
+        np.testing.assert_allclose(value, param[...], rtol=1e-6, atol=1e-7, err_msg=str(path))
+        assert value.sharding.is_equivalent_to(param[...].sharding, value.ndim), path
+
+
+COLLECTIVES = r"all[-_]reduce|all[-_]gather|all[-_]to[-_]all|collective[-_]permute|reduce[-_]scatter"
+
+
+@pytest.mark.parametrize("call", ["prefill", "decode_step", "with statistics"])
+def test_only_the_exchange_connects_the_ranks_of_a_step(make_model, call):
+    """Several processes on one GPU have no other way: NCCL wants a GPU for each."""
+    model = make_model()
+    graph, state = nnx.split(model)
+
+    def step(state, tokens, cache):
+        model = nnx.merge(graph, state)
+        if call == "with statistics":
+            return model(tokens[:, None], return_stats=True)
+        return getattr(model, call)(tokens[:, None] if call == "prefill" else tokens, cache)
+
+    tokens = jax.device_put(random_tokens(16), NamedSharding(model.group.mesh, PartitionSpec("data")))
+    lowered = jax.jit(step).lower(state, tokens, model.init_cache(16, max_len=4))
+    texts = lowered.as_text(), lowered.compile().as_text()
+    for text in texts:
+        assert "wideep_" in text
+        # So that the pattern is one that can be found.
+        assert bool(re.search(COLLECTIVES, text)) == (call == "with statistics")
 
 
 def test_heads_that_do_not_divide_are_an_error():

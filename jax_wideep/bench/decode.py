@@ -7,6 +7,9 @@ is the routing that follows from them.
 
 The split by part times, alone, what one layer does, repeated for all layers in one jitted loop: attention,
 routing, dispatch, experts, combine. `other` is the rest of a step: embedding, norms, logits, choice, launch.
+
+Ranks may be CPU devices, GPUs of this process, or one GPU for each of several processes. In a decoding step the
+ranks meet in the library's exchange only: nothing else in it is a collective.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from jax_wideep.bench import measure, report
 from jax_wideep.bench.layer import swiglu_experts
 from jax_wideep.bench.measure import Candidate, on_ranks, stack, unstack
 from jax_wideep.bench.settings import Dtype, Output, Processes
-from jax_wideep.flax.transformer import Cache, Transformer, TransformerConfig
+from jax_wideep.flax.transformer import Cache, Transformer, TransformerConfig, make_transformer
 from jax_wideep.group import Backend
 from jax_wideep.routing import route, router_logits
 
@@ -56,6 +59,8 @@ class DecodeSettings:
     """Experts over all ranks."""
     top_k: int = 8
     """Experts per token."""
+    capacity_factor: float | None = None
+    """Rows that a rank can receive in prefill, as a multiple of the average; None drops nothing."""
     vocab: int = 1024
     """Token ids."""
     dtype: Dtype = "bfloat16"
@@ -82,6 +87,7 @@ class DecodeSettings:
             ffn=self.ffn,
             num_experts=self.experts,
             top_k=self.top_k,
+            capacity_factor=self.capacity_factor,
             quantize="fp8" if self.quantize == "fp8" else None,
             dtype=jnp.dtype(self.dtype),
             param_dtype=jnp.dtype(self.dtype),
@@ -104,7 +110,7 @@ def run(settings: DecodeSettings) -> list[report.Record]:
     config = settings.model_config()
     records = []
     with config.make_group(mesh, backend=settings.backend, chunk=max(settings.batch)) as group:
-        model = Transformer(config, group, rngs=nnx.Rngs(settings.seed))
+        model = make_transformer(config, group, settings.seed)
         for batch in settings.batch:
             measured = _generate(settings, model, batch * mesh.size)
             parts = _split_by_part(settings, model, batch * mesh.size)

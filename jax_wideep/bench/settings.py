@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from typing import Any, Literal
 
@@ -27,14 +28,28 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Several processes of one program; see jax.distributed.initialize."""
+    """Several processes of one program; see jax.distributed.initialize.
 
-    coordinator: str | None = None
+    Defaults: the environment's JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+    """
+
+    coordinator: str | None = dataclasses.field(
+        default_factory=lambda: os.environ.get("JAX_COORDINATOR_ADDRESS")
+    )
     """host:port of process 0."""
-    num_processes: int | None = None
+    num_processes: int | None = dataclasses.field(
+        default_factory=lambda: _number_of_environment("JAX_NUM_PROCESSES")
+    )
     """How many there are."""
-    process_id: int | None = None
+    process_id: int | None = dataclasses.field(
+        default_factory=lambda: _number_of_environment("JAX_PROCESS_ID")
+    )
     """Which one this is."""
+
+
+def _number_of_environment(name: str) -> int | None:
+    text = os.environ.get(name)
+    return None if text is None else int(text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ devices. It is what the examples train and what `python -m jax_wideep.bench deco
 
     config = TransformerConfig(hidden=128, num_experts=16, top_k=2)
     with config.make_group(mesh) as group:
-        model = Transformer(config, group, rngs=nnx.Rngs(0))
+        model = make_transformer(config, group, seed=0)
         logits, stats = model(tokens, return_stats=True)            # [batch, seq] -> [batch, seq, vocab]
 
         prefill, decode_step = compile_steps(model)                 # under jax.jit
@@ -307,6 +307,21 @@ class Transformer(nnx.Module):
         mesh = self.group.mesh
         axes = tuple(mesh.axis_names) if batch % mesh.size == 0 else None
         return NamedSharding(mesh, PartitionSpec(*[None] * leading, axes))
+
+
+def make_transformer(config: TransformerConfig, group: ExpertGroup, seed: int) -> Transformer:
+    """A Transformer with random parameters, each made where it lies: no device holds all experts, and the devices
+    may belong to several processes.
+    """
+
+    def make() -> Transformer:
+        return Transformer(config, group, rngs=nnx.Rngs(seed))
+
+    graph, abstract = nnx.split(nnx.eval_shape(make))
+    everywhere = NamedSharding(group.mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda leaf: leaf.sharding or everywhere, abstract)
+    state = jax.jit(lambda: nnx.state(make()), out_shardings=shardings)()
+    return nnx.merge(graph, state)
 
 
 Step = Callable[[jax.Array, Cache], tuple[jax.Array, Cache]]

@@ -1,6 +1,7 @@
-"""Runs a script as several processes of one JAX job on this host; see world.py for the script's side.
+"""Runs a script or a module as several processes of one JAX job on this host; see world.py for the script's side.
 
     python tests/gpu/launch.py 8 tests/gpu/exchange_suite.py [arguments]
+    python tests/gpu/launch.py 8 jax_wideep.bench decode [arguments]        a module
 
 All processes see the GPUs of --devices, by default the first one only: ranks then share it, for which MPS has to run
 (run.sh starts it). On a machine of several GPUs also: --devices=each, or one process with --devices=0,1. Memory pools
@@ -60,6 +61,9 @@ def environment(
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",  # where a process stood when it crashed or was aborted
+        "JAX_PROCESS_ID": str(process),
+        "JAX_NUM_PROCESSES": str(arguments.processes),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "WIDEEP_PROCESS": str(process),
         "WIDEEP_NUM_PROCESSES": str(arguments.processes),
         "WIDEEP_COORDINATOR": f"127.0.0.1:{port}",
@@ -108,11 +112,12 @@ def main() -> int:
     parser.add_argument(
         "--dump", default="", help="regular expression of module names: XLA dumps them to scratch"
     )
-    parser.add_argument("script")
+    parser.add_argument("script", help="a file, or the name of a module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
 
     began = time.monotonic()
+    program = [arguments.script] if arguments.script.endswith(".py") else ["-m", arguments.script]
     with tempfile.TemporaryDirectory(prefix="wideep-") as name:
         scratch = pathlib.Path(name)
         port = free_port()
@@ -122,7 +127,7 @@ def main() -> int:
             with open(logs[-1], "wb") as log:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, arguments.script, *arguments.arguments],
+                        [sys.executable, *program, *arguments.arguments],
                         env=environment(arguments, number, port, scratch),
                         stdout=log,
                         stderr=subprocess.STDOUT,
