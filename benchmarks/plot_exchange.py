@@ -122,19 +122,21 @@ def base_table(figures: Figures) -> str:
         speeds = [
             f"{record[f'{kind}_gb_s']:.0f}" if record["logical_gb_s"] else "–" for kind in ("logical", "wire")
         ]
-        jax = [number(figures.jax_us(form, op)) for form in ("chain", "loop")]
-        rows.append([op, number(record["us"]), number(floor) if floor else "–", part, *speeds, *jax])
-    header = ["op", "us", "floor", "of it", "logical GB/s", "wire GB/s", "JAX, chain", "JAX, loop"]
+        rows.append([op, number(record["us"]), number(floor) if floor else "–", part, *speeds])
+    header = ["op", "us", "floor", "of it", "logical GB/s", "wire GB/s"]
     return table(header, rows)
 
 
 def overhead_table(figures: Figures) -> str:
+    def cell(us: float | None, kernels: float) -> str:
+        return "–" if us is None else f"{us:.1f} ({us - kernels:+.1f})"
+
     rows = []
-    for op in dict.fromkeys(op for op, point in figures.kernels if point == BASE):
-        kernels, *jax = figures.us(op), *(figures.jax_us(form, op) for form in ("chain", "loop"))
-        if None not in (kernels, *jax):
-            rows.append([op, number(kernels), *(f"{us:.1f} ({us - kernels:+.1f})" for us in jax)])
-    return table(["op", "kernels alone", "JAX, chain", "JAX, loop"], rows)
+    for (op, point), record in figures.kernels.items():
+        jax = [figures.jax_us(form, op) for form in ("chain", "loop")]
+        if point == BASE and jax != [None, None]:
+            rows.append([op, f"{record['us']:.1f}", *(cell(us, record["us"]) for us in jax)])
+    return table(["us", "kernels", "JAX, chain", "JAX, loop"], rows)
 
 
 def sweep_table(figures: Figures, points: list[tuple[str, Point]], first: str) -> str:
