@@ -17,9 +17,9 @@
 #include <string>
 #include <vector>
 
+#include "benchmarks/virtual_ranks_timing.h"
 #include "csrc/ep/low_latency.h"
 #include "csrc/ep/quantize.h"
-#include "tests/gpu/cuda_machine.h"
 #include "tests/kernels/virtual_ranks.h"
 
 namespace wideep {
@@ -27,7 +27,6 @@ namespace {
 
 using testing::CudaMachine;
 using testing::GroupSettings;
-using testing::RequireCuda;
 using Ranks = testing::VirtualRanks<CudaMachine>;
 
 struct Options {
@@ -81,36 +80,6 @@ Options Parse(int argc, char** argv) {
     }
   }
   return o;
-}
-
-double Median(std::vector<float> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
-
-/// GB/s, bytes read plus written.
-double MeasureCopy() {
-  constexpr int64_t kBytes = int64_t{1} << 30;
-  char *from, *to;
-  RequireCuda(cudaMalloc(&from, kBytes), "copy");
-  RequireCuda(cudaMalloc(&to, kBytes), "copy");
-  RequireCuda(cudaMemset(from, 1, kBytes), "copy");
-  cudaEvent_t begin, end;
-  RequireCuda(cudaEventCreate(&begin), "event");
-  RequireCuda(cudaEventCreate(&end), "event");
-  std::vector<float> times;
-  for (int i = 0; i < 10; ++i) {
-    RequireCuda(cudaEventRecord(begin), "begin");
-    RequireCuda(cudaMemcpyAsync(to, from, kBytes, cudaMemcpyDeviceToDevice), "copy");
-    RequireCuda(cudaEventRecord(end), "end");
-    RequireCuda(cudaEventSynchronize(end), "copy");
-    float ms;
-    RequireCuda(cudaEventElapsedTime(&ms, begin, end), "time");
-    times.push_back(ms);
-  }
-  cudaFree(from);
-  cudaFree(to);
-  return 2 * kBytes / (Median(times) * 1e6);
 }
 
 struct RankOps {
@@ -221,52 +190,9 @@ class Benchmark {
   }
 
   double Time(const std::function<Status(RankOps&, cudaStream_t)>& launch) {
-    cudaStream_t main;
-    RequireCuda(cudaStreamCreate(&main), "stream");
-    RequireCuda(cudaStreamBeginCapture(main, cudaStreamCaptureModeRelaxed), "capture");
-    cudaEvent_t fork, join, begin, end;
-    RequireCuda(cudaEventCreateWithFlags(&fork, cudaEventDisableTiming), "event");
-    RequireCuda(cudaEventCreateWithFlags(&join, cudaEventDisableTiming), "event");
-    RequireCuda(cudaEventCreate(&begin), "event");
-    RequireCuda(cudaEventCreate(&end), "event");
-    RequireCuda(cudaEventRecord(fork, main), "fork");
-    for (int r = 0; r < ranks_.num_ranks(); ++r) {
-      RequireCuda(cudaStreamWaitEvent(ranks_.stream(r), fork), "fork");
-      for (int i = 0; i < o_.iterations; ++i) {
-        const Status status = launch(ops_[r], ranks_.stream(r));
-        if (!status.ok()) {
-          std::fprintf(stderr, "%s\n", status.message().c_str());
-          std::exit(2);
-        }
-      }
-      RequireCuda(cudaEventRecord(join, ranks_.stream(r)), "join");
-      RequireCuda(cudaStreamWaitEvent(main, join), "join");
-    }
-    cudaGraph_t graph;
-    cudaGraphExec_t executable;
-    RequireCuda(cudaStreamEndCapture(main, &graph), "capture");
-    RequireCuda(cudaGraphInstantiate(&executable, graph, 0), "graph");
-    std::vector<float> times;
-    for (int i = 0; i < o_.repeats + 3; ++i) {
-      RequireCuda(cudaEventRecord(begin, main), "begin");
-      RequireCuda(cudaGraphLaunch(executable, main), "launch");
-      RequireCuda(cudaEventRecord(end, main), "end");
-      RequireCuda(cudaStreamSynchronize(main), "run");
-      float ms;
-      RequireCuda(cudaEventElapsedTime(&ms, begin, end), "time");
-      if (i >= 3) times.push_back(ms);
-    }
-    for (int r = 0; r < ranks_.num_ranks(); ++r) {
-      if (ranks_.record(r).failure == 0) continue;
-      std::fprintf(stderr, "%s\n",
-                   Describe(ranks_.record(r), ranks_.settings().deadline_s, o_.top_k).c_str());
-      std::exit(2);
-    }
-    cudaGraphExecDestroy(executable);
-    cudaGraphDestroy(graph);
-    for (cudaEvent_t event : {fork, join, begin, end}) cudaEventDestroy(event);
-    cudaStreamDestroy(main);
-    return Median(times) * 1e3 / o_.iterations;
+    return benchmarks::TimeRanks(
+        ranks_, o_.top_k, o_.iterations, o_.repeats,
+        [&](int rank, cudaStream_t stream) { return launch(ops_[rank], stream); });
   }
 
   const Options o_;
@@ -276,7 +202,7 @@ class Benchmark {
 };
 
 void Run(const Options& o) {
-  const double copy_gb_s = MeasureCopy();
+  const double copy_gb_s = benchmarks::MeasureCopy();
   std::FILE* json = o.json.empty() ? nullptr : std::fopen(o.json.c_str(), "a");
   std::printf("copy %.0f GB/s; hidden %lld, top-%d of %d, at most %d blocks a rank\n", copy_gb_s,
               static_cast<long long>(o.hidden), o.top_k, o.experts, o.sms);

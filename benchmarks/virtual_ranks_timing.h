@@ -90,7 +90,7 @@ double TimeRanks(Ranks& ranks, int top_k, int iterations, int repeats, LaunchRan
   RequireCuda(cudaStreamEndCapture(main, &graph), "capture");
   RequireCuda(cudaGraphInstantiate(&executable, graph, 0), "graph");
   const std::vector<float> times = Times(
-      main, 1, repeats, [&](cudaStream_t stream) { return cudaGraphLaunch(executable, stream); });
+      main, 3, repeats, [&](cudaStream_t stream) { return cudaGraphLaunch(executable, stream); });
   for (int rank = 0; rank < ranks.num_ranks(); ++rank) {
     const ErrorRecord& record = ranks.record(rank);
     if (record.failure == 0) continue;
