@@ -8,6 +8,7 @@
 #   sanitize  a part of it under compute-sanitizer, its four tools at once
 #   suite     exchange_suite.py at each of $RANKS processes that share the GPU (default: 1 2 3 4 8), under MPS
 #   killed    failures without command buffers: the next call raises too; a process dies, the others say which
+#   kernels   benchmarks/exchange.cu with $KERNELS (default: --sweep), virtual ranks in one process
 #   bench     benchmarks/exchange_gpu.py with $BENCH, at 8 processes
 #
 # Default: cpp suite killed, at most 8 minutes.
@@ -58,7 +59,7 @@ sanitize() {
 
 if [ ! -x "$BUILD_DIR/exchange_gpu_test" ]; then
   step 600 build bash -c "cmake -S . -B $BUILD_DIR -DWIDEEP_CUDA=ON -DWIDEEP_TESTS=ON -DPython_EXECUTABLE=$(command -v python3) &&
-    cmake --build $BUILD_DIR -j4 --target exchange_gpu_test _wideep_cuda" || exit 1
+    cmake --build $BUILD_DIR -j4 --target exchange_gpu_test exchange_benchmark _wideep_cuda" || exit 1
 fi
 cp "$BUILD_DIR"/_wideep_cuda*.so jax_wideep/ || exit 1
 
@@ -76,9 +77,10 @@ for name in ${@:-cpp suite killed}; do
       start_mps
       step 60 killed python3 tests/gpu/launch.py --timeout 50 --xla-flag=--xla_gpu_enable_command_buffer= \
         4 tests/gpu/exchange_suite.py bad_index delayed killed ;;
+    kernels) step 300 kernels "$BUILD_DIR/exchange_benchmark" "--json=$LOGS/exchange.jsonl" ${KERNELS:---sweep} ;;
     bench)
       start_mps
-      step 300 bench python3 tests/gpu/launch.py --timeout 290 8 benchmarks/exchange_gpu.py \
+      step 300 bench python3 tests/gpu/launch.py --timeout 290 --xla-flag=--xla_gpu_graph_min_graph_size=1 8 benchmarks/exchange_gpu.py \
         --json "$LOGS/exchange_gpu.jsonl" ${BENCH:-} ;;
     *) echo "unknown step $name"; exit 2 ;;
   esac
