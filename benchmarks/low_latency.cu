@@ -203,6 +203,8 @@ class Benchmark {
 
 void Run(const Options& o) {
   const double copy_gb_s = benchmarks::MeasureCopy();
+  cudaDeviceProp device;
+  RequireCuda(cudaGetDeviceProperties(&device, 0), "device");
   std::FILE* json = o.json.empty() ? nullptr : std::fopen(o.json.c_str(), "a");
   std::printf("copy %.0f GB/s; hidden %lld, top-%d of %d, at most %d blocks a rank\n", copy_gb_s,
               static_cast<long long>(o.hidden), o.top_k, o.experts, o.sms);
@@ -239,10 +241,12 @@ void Run(const Options& o) {
                        "{\"ranks\": %d, \"tokens\": %d, \"once_per_rank\": %s, \"wire\": \"%s\", "
                        "\"hidden\": %lld, \"top_k\": %d, \"experts\": %d, \"sms\": %d, "
                        "\"dispatch_us\": %.2f, \"dispatch_floor_us\": %.2f, \"combine_us\": %.2f, "
-                       "\"combine_floor_us\": %.2f, \"copy_gb_s\": %.0f}\n",
+                       "\"combine_floor_us\": %.2f, \"copy_gb_s\": %.0f, \"pieces\": %d, "
+                       "\"repeats\": %d, \"device\": \"%s\"}\n",
                        num_ranks, tokens, once ? "true" : "false", names[wire],
                        static_cast<long long>(o.hidden), o.top_k, o.experts, o.sms, dispatch,
-                       dispatch_floor, combine, combine_floor, copy_gb_s);
+                       dispatch_floor, combine, combine_floor, copy_gb_s, o.pieces, o.repeats,
+                       device.name);
         }
       }
     }

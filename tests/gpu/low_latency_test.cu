@@ -18,6 +18,28 @@ TEST(Quantize) {
   RunQuantize<CudaMachine>(2, 300, 7168);
 }
 
+// Small, for compute-sanitizer: every wire and both forms, whole and in halves.
+TEST(TwoRanksEveryWire) {
+  for (const bool once_per_rank : {true, false}) {
+    GroupSettings group;
+    group.num_ranks = 2;
+    group.num_experts = 8;
+    group.num_sms = 2;
+    group.chunk = 4;
+    group.once_per_rank = once_per_rank;
+    group.deadline_s = 1e9;
+    Ranks ranks(group);
+    Random random(3);
+    for (int wire = 0; wire < 3; ++wire) {
+      LowLatencyCase c;
+      c.quantize = wire > 0;
+      c.dequantize = wire == 1;
+      if (!RunLowLatencyCase(ranks, c, random)) return;
+      if (!RunOverlappedHalves(ranks, c, 3, random)) return;
+    }
+  }
+}
+
 // Sizes are small because the host computes everything too.
 TEST(RandomShapes) { RunRandomLowLatency<CudaMachine>(40, 100, 24, 1024, 8, 0); }
 
