@@ -116,30 +116,11 @@ TEST(RepeatsAreBitwiseEqual) {
   }
 }
 
-/// A plan of `num_tokens` tokens, ready to launch on every rank.
-std::vector<PlanParams> Plans(Ranks& ranks, int64_t num_tokens,
-                              const std::vector<std::vector<int32_t>>& topk_idx) {
-  const GroupSettings& group = ranks.settings();
-  const int64_t capacity = group.num_ranks * num_tokens * group.top_k;
+/// All ranks' plans; taking memory waits for the device, so before the first launch.
+std::vector<PlanParams> Plans(Ranks& ranks, const std::vector<std::vector<int32_t>>& topk_idx) {
   std::vector<PlanParams> plans;
-  for (int rank = 0; rank < group.num_ranks; ++rank) {
-    PlanParams p;
-    p.peers = ranks.context(rank);
-    p.num_tokens = num_tokens;
-    p.top_k = group.top_k;
-    p.num_experts = group.num_experts;
-    p.capacity = capacity;
-    p.topk_idx = ranks.TakeCopy(rank, topk_idx[rank]);
-    p.group_sizes = ranks.Take<int32_t>(rank, group.num_experts / group.num_ranks);
-    p.num_rows = ranks.Take<int32_t>(rank, 1);
-    p.overflow = ranks.Take<int32_t>(rank, 1);
-    p.tokens_per_expert = ranks.Take<int32_t>(rank, group.num_experts);
-    p.dest_rank = ranks.Take<int32_t>(rank, num_tokens * group.top_k);
-    p.dest_row = ranks.Take<int32_t>(rank, num_tokens * group.top_k);
-    p.row_source = ranks.Take<int32_t>(rank, capacity);
-    p.arrival_rows = ranks.Take<int32_t>(rank, capacity);
-    p.rows_per_source = ranks.Take<int32_t>(rank, group.num_ranks);
-    plans.push_back(p);
+  for (int rank = 0; rank < ranks.num_ranks(); ++rank) {
+    plans.push_back(TakePlan(ranks, rank, topk_idx[rank]));
   }
   return plans;
 }
@@ -150,7 +131,7 @@ TEST(MissingRankIsNamed) {
   group.deadline_s = 0.2;
   Ranks ranks(group);
   const std::vector<PlanParams> plans =
-      Plans(ranks, 4, std::vector<std::vector<int32_t>>(4, std::vector<int32_t>(16, 3)));
+      Plans(ranks, std::vector<std::vector<int32_t>>(4, std::vector<int32_t>(16, 3)));
   for (const int rank : {0, 1, 3}) CHECK(LaunchPlan(plans[rank], ranks.stream(rank)).ok());
   CHECK(ranks.machine().Synchronize());
   for (const int rank : {0, 1, 3}) {
@@ -171,7 +152,7 @@ TEST(IndexOutOfRangeIsReportedOnEveryRank) {
   Ranks ranks(group);
   std::vector<std::vector<int32_t>> topk_idx(2, std::vector<int32_t>(16, 3));
   topk_idx[1][6] = group.num_experts;
-  const std::vector<PlanParams> plans = Plans(ranks, 4, topk_idx);
+  const std::vector<PlanParams> plans = Plans(ranks, topk_idx);
   for (const int rank : {0, 1}) CHECK(LaunchPlan(plans[rank], ranks.stream(rank)).ok());
   CHECK(ranks.machine().Synchronize());
   CHECK_CONTAINS(Describe(ranks.record(1), group.deadline_s, group.top_k),

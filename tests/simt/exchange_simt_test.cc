@@ -57,26 +57,9 @@ struct Exchange {
 
   PlanParams Plan(int rank) {
     const GroupSettings& group = ranks.settings();
-    constexpr int64_t kTokens = 8;
-    const int64_t capacity = group.num_ranks * kTokens * group.top_k;
-    PlanParams p;
-    p.peers = ranks.context(rank);
-    p.num_tokens = kTokens;
-    p.top_k = group.top_k;
-    p.num_experts = group.num_experts;
-    p.capacity = capacity;
-    p.topk_idx = ranks.TakeCopy(rank, ChooseExperts(random, Routing::kUniform, kTokens, group.top_k,
-                                                    group.num_experts, group.num_ranks));
-    p.group_sizes = ranks.Take<int32_t>(rank, group.num_experts / group.num_ranks);
-    p.num_rows = ranks.Take<int32_t>(rank, 1);
-    p.overflow = ranks.Take<int32_t>(rank, 1);
-    p.tokens_per_expert = ranks.Take<int32_t>(rank, group.num_experts);
-    p.dest_rank = ranks.Take<int32_t>(rank, kTokens * group.top_k);
-    p.dest_row = ranks.Take<int32_t>(rank, kTokens * group.top_k);
-    p.row_source = ranks.Take<int32_t>(rank, capacity);
-    p.arrival_rows = ranks.Take<int32_t>(rank, capacity);
-    p.rows_per_source = ranks.Take<int32_t>(rank, group.num_ranks);
-    return p;
+    return TakePlan(ranks, rank,
+                    ChooseExperts(random, Routing::kUniform, /*num_tokens=*/8, group.top_k,
+                                  group.num_experts, group.num_ranks));
   }
 
   Ranks& ranks;
