@@ -204,7 +204,7 @@ class Benchmark {
 void Run(const Options& o) {
   const double copy_gb_s = benchmarks::MeasureCopy();
   cudaDeviceProp device;
-  RequireCuda(cudaGetDeviceProperties(&device, 0), "device");
+  testing::RequireCuda(cudaGetDeviceProperties(&device, 0), "device");
   std::FILE* json = o.json.empty() ? nullptr : std::fopen(o.json.c_str(), "a");
   std::printf("copy %.0f GB/s; hidden %lld, top-%d of %d, at most %d blocks a rank\n", copy_gb_s,
               static_cast<long long>(o.hidden), o.top_k, o.experts, o.sms);
