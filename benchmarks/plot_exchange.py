@@ -4,8 +4,9 @@ docs/performance_exchange.md, from the JSON lines of exchange.cu (--sweep) and e
     python benchmarks/plot_exchange.py docs/data/exchange_h200.jsonl .. [--out docs/img/exchange_h200.png]
         [--page docs/performance_exchange.md]
 
-Without --page the tables are printed. In a page a table replaces what is between its marks, <!-- table NAME --> and
-<!-- end -->. Of lines for the same point the last one counts.
+Without --page the tables are printed. In a page, a table replaces what is between its marks, <!-- table NAME --> and
+<!-- end -->, and a link to --out what is between <!-- plot --> and <!-- end -->. Of lines for the same point the last
+one counts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import re
 from collections.abc import Callable
@@ -219,15 +221,13 @@ TABLES: dict[str, Callable[[Figures], str]] = {
 }
 
 
-def write_page(page: pathlib.Path, figures: Figures) -> None:
+def write_page(page: pathlib.Path, blocks: dict[str, str]) -> None:
     text = page.read_text()
-    for name, make in TABLES.items():
-        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(
-            pattern, lambda m, make=make: m[1] + make(figures) + "\n" + m[2], text, flags=re.S
-        )
+    for name, block in blocks.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text, found = re.subn(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.S)
         if found != 1:
-            raise SystemExit(f"{page}: expected the mark <!-- table {name} --> once, got it {found} times")
+            raise SystemExit(f"{page}: expected the mark <!-- {name} --> once, got it {found} times")
     page.write_text(text)
 
 
@@ -294,10 +294,13 @@ if __name__ == "__main__":
     )
     arguments = parser.parse_args()
     read = Figures(arguments.files)
+    blocks = {f"table {name}": make(read) for name, make in TABLES.items()}
     if arguments.out:
         draw(read, arguments.title, arguments.out)
-    if arguments.page:
-        write_page(arguments.page, read)
+    if not arguments.page:
+        print("\n\n".join(f"{name}\n\n{block}" for name, block in blocks.items()))
     else:
-        for table_name, make_table in TABLES.items():
-            print(f"{table_name}\n\n{make_table(read)}\n")
+        if arguments.out:
+            link = pathlib.PurePath(os.path.relpath(arguments.out, arguments.page.parent)).as_posix()
+            blocks["plot"] = f"![Times against tokens, hidden, top-k, ranks, SMs and routing]({link})"
+        write_page(arguments.page, blocks)
