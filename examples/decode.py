@@ -2,6 +2,7 @@
 
     python examples/decode.py --checkpoint demo_out/checkpoint      # what train_lm.py or demo.py saved
     python examples/decode.py --batch 64 --hidden 512 --experts 64  # random weights: times only
+    python tests/gpu/launch.py 8 examples/decode.py --batch 64      # 8 processes, on one GPU or more
 
 Prints the text, tokens a second, and the latency of a token.
 """
@@ -12,6 +13,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import jax
 import tyro
 from lm import training
 from lm.checkpoint import Checkpoints
@@ -23,6 +25,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 import jax_wideep as wep
+from jax_wideep.bench import measure
+from jax_wideep.bench.settings import Processes
 
 console = Console()
 
@@ -58,10 +62,13 @@ class Options:
     seed: int = 0
     data: Path | None = None
     pattern: str = "*.py"
+    processes: tyro.conf.OmitArgPrefixes[Processes] = dataclasses.field(default_factory=Processes)
 
 
 def main(options: Options) -> None:
+    measure.start_processes(**dataclasses.asdict(options.processes))
     wep.use_cpu_devices(options.devices)
+    console.quiet = jax.process_index() != 0
     checkpoints = None if options.checkpoint is None else Checkpoints(options.checkpoint)
     sizes = options.model if checkpoints is None else ModelSizes(**checkpoints.settings()["model"])
     config = sizes.config(quantize=None if options.quantize == "none" else options.quantize)

@@ -20,13 +20,15 @@ class Generated:
     """Decoded tokens and how long they took, compilation left out.
 
     Attributes:
-      tokens: [batch, new] ids.
+      tokens: [batch, new] ids, of the sequences on this process's devices.
+      sequences: over all processes.
       prompt_tokens: tokens read by prefill, over all sequences.
       prefill_s: seconds that prefill took.
       step_s: [new - 1] seconds of each decode step, choosing the token included.
     """
 
     tokens: np.ndarray
+    sequences: int
     prompt_tokens: int
     prefill_s: float
     step_s: np.ndarray
@@ -37,7 +39,7 @@ class Generated:
 
     def summary(self) -> str:
         """Two lines for people."""
-        batch, new = self.tokens.shape
+        batch, new = self.sequences, self.tokens.shape[1]
         percentiles = ", ".join(f"p{percent} {self.latency_ms(percent):.2f} ms" for percent in (50, 90, 99))
         return (
             f"prefill  {self.prompt_tokens} tokens in {self.prefill_s * 1e3:.1f} ms: "
@@ -69,7 +71,8 @@ def generate(
     prefill, decode_step = compile_steps(model)
     choose = jax.jit(functools.partial(_choose, temperature=temperature))
     batch, length = prompts.shape
-    keys = jax.random.split(jax.random.key(seed), new_tokens)
+    # On the host, from where every process gives them to all its devices.
+    keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(seed), new_tokens)))
     prompt = put_batch(model, prompts.astype(np.int32))
 
     # Once for the compiler, on a cache that is thrown away.
@@ -82,19 +85,25 @@ def generate(
     prefill_s = time.perf_counter() - started
 
     token = choose(logits, keys[0])
-    tokens, step_s = [np.asarray(token)], []
+    tokens, step_s = [_local(token)], []
     for key in keys[1:]:
         started = time.perf_counter()
         logits, cache = decode_step(token, cache)
         token = choose(logits, key)
-        tokens.append(np.asarray(token))
+        tokens.append(_local(token))
         step_s.append(time.perf_counter() - started)
         if on_token is not None:
             on_token(tokens[-1], step_s[-1])
-    return Generated(np.stack(tokens, axis=1), prompts.size, prefill_s, np.asarray(step_s))
+    return Generated(np.stack(tokens, axis=1), batch, prompts.size, prefill_s, np.asarray(step_s))
 
 
 def _choose(logits: jax.Array, key: jax.Array, temperature: float) -> jax.Array:
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+    return jax.random.categorical(jax.random.wrap_key_data(key), logits / temperature).astype(jnp.int32)
+
+
+def _local(tokens: jax.Array) -> np.ndarray:
+    if tokens.is_fully_addressable:
+        return np.asarray(tokens)
+    return np.concatenate([np.asarray(shard.data) for shard in tokens.addressable_shards])

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_wideep as wep
-from jax_wideep.flax.transformer import Transformer, TransformerConfig
+from jax_wideep.flax.transformer import Transformer, TransformerConfig, make_transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def make_mesh() -> jax.sharding.Mesh:
 def make_model(config: TransformerConfig, seed: int, **group_settings: Any) -> Transformer:
     """A model with random weights on all devices. Its group stays open as long as the model lives."""
     group = config.make_group(make_mesh(), **group_settings)
-    return Transformer(config, group, rngs=nnx.Rngs(seed))
+    return make_transformer(config, group, seed)
 
 
 def make_optimizer(model: Transformer, learning_rate: float, steps: int) -> nnx.Optimizer:
@@ -161,4 +161,6 @@ def put_batch(model: Transformer, tokens: np.ndarray) -> jax.Array:
     """Spreads sequences over the devices, if they can be spread evenly."""
     mesh = model.group.mesh
     axes = mesh.axis_names if tokens.shape[0] % mesh.size == 0 else None
-    return jax.device_put(tokens, NamedSharding(mesh, PartitionSpec(axes)))
+    sharding = NamedSharding(mesh, PartitionSpec(axes))
+    # Devices may belong to other processes, which make the rest of the array.
+    return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
