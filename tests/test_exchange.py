@@ -228,11 +228,19 @@ def test_nan_and_infinite_gate_weights_stay_with_their_token(make_group, backend
 
 def test_no_tokens_at_all(make_group, backend):
     group = make_group(4, num_experts=4, top_k=1, hidden=8, backend=backend)
-    out, rows, _, plan = round_trip(group, None)(
-        np.zeros((0, 8), np.float32), np.zeros((0, 1), np.float32), np.zeros((0, 1), np.int32), jnp.ones(4)
-    )
-    assert out.shape == (0, 8) and rows.shape == (0, 8)
-    np.testing.assert_array_equal(plan["group_sizes"], 0)
+
+    def body(x, weights, topk_idx):
+        x, weights, topk_idx = x[:0], weights[:0], topk_idx[:0]
+        plan = wep.make_plan(topk_idx, group)
+        rows, row_weights = wep.dispatch(x, weights, plan)
+        out = wep.combine(rows, row_weights, plan)
+        assert out.shape == (0, 8) and rows.shape == (0, 8)
+        return plan.group_sizes, plan.num_rows[None], jnp.sum(out)[None]
+
+    # Not empty arguments: jax 0.11.2 can crash when it compiles a shard_map that has them, also without this library.
+    one = np.ones((4, 8), np.float32), np.ones((4, 1), np.float32), np.zeros((4, 1), np.int32)
+    for array in oracle.on_ranks(group, body)(*one):
+        np.testing.assert_array_equal(array, 0)
 
 
 MESHES = {

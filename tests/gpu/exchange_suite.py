@@ -363,8 +363,8 @@ def expect_failure(group, step, arrays, words, deadline_s):
     began = time.monotonic()
     try:
         jax.block_until_ready(step(*arrays))
-    except jax.errors.JaxRuntimeError as error:  # a later op of the step raises, if the record is there by then
-        assert words[0] in str(error), error
+    except jax.errors.JaxRuntimeError as error:
+        assert words[0] in str(error), error  # a later op of the step raises, if the record is there by then
     took = time.monotonic() - began
     assert took < deadline_s + 2, f"took {took:.1f} s"
     raising = [group.check]
