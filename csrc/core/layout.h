@@ -35,6 +35,8 @@ constexpr int kMaxRanks = 16;
 constexpr int kMaxRegions = 8;
 /// Buffers that an op publishes to its peers.
 constexpr int kMaxPublished = 2;
+/// Shared memory that a block may use: 227 KB on compute capability 9.0.
+constexpr int64_t kMaxSharedBytes = 227 * 1024;
 /// Tokens that a ring holds: how far a sender may run ahead.
 constexpr int kRingSlots = 4;
 /// Most selections of a token in the kernels: a lane each, beside the lanes of kArrivalWindow.

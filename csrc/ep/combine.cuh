@@ -6,8 +6,7 @@
 //                   through the ring to the token's home; a group of warps there adds what comes
 //                   from each rank, in order of rank. Also the way for buffers that are not mapped.
 //   combine_grad    the expert rank's warps read a token's dout from its home, once, and make dy
-//   and
-//                   the dot product of each of its rows. published: dout.
+//                   and the dot product of each of its rows. published: dout.
 #pragma once
 
 #include "csrc/core/launch.cuh"
@@ -32,7 +31,8 @@ struct CombineShared {
   // rings, or else a SumList.
 
   static constexpr int64_t kBuffers = 1024;
-  static constexpr int64_t kBytesPerWarp = (232448 - kBuffers) / kWarpsPerBlock / 512 * 512;
+  static constexpr int64_t kBytesPerWarp =
+      (kMaxSharedBytes - kBuffers) / kWarpsPerBlock / 512 * 512;
   static constexpr int64_t kNumBytes = kBuffers + kWarpsPerBlock * kBytesPerWarp;
   __device__ char* buffer(int warp) {
     return reinterpret_cast<char*>(this) + kBuffers + warp * kBytesPerWarp;

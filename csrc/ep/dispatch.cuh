@@ -180,9 +180,9 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
 
 /// Fills in what the caller left to the launcher.
 inline DispatchParams WithBuffers(DispatchParams p) {
-  // What a block may use (227 KB) less the fixed part, for each warp.
+  // What a block may use less the fixed part, for each warp.
   constexpr int64_t kBytesPerWarp =
-      (232448 - DispatchShared::kBuffers) / kWarpsPerBlock / 128 * 128;
+      (kMaxSharedBytes - DispatchShared::kBuffers) / kWarpsPerBlock / 128 * 128;
   if (p.num_stages == 0) p.num_stages = 2;
   if (p.piece_bytes == 0) {
     const int64_t most = kBytesPerWarp / p.num_stages / 128 * 128;

@@ -7,8 +7,6 @@
 namespace wideep {
 namespace {
 
-constexpr int64_t kMaxSharedBytes = 232448;
-
 Status CheckTokens(const char* op, const PeerContext& peers, const LowLatencyTokens& t, DType dtype,
                    bool quantize) {
   const LowLatencyLayout& layout = peers.layout.low_latency;
