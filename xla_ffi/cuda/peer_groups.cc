@@ -7,6 +7,7 @@ Code CodeOf(Failure failure) {
   switch (failure) {
     case Failure::kIndexRange:
     case Failure::kRepeatedExpert:
+    case Failure::kForeignRows:
       return Code::kInvalidArgument;
     case Failure::kOverflow:
       return Code::kOutOfRange;
