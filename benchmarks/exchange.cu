@@ -231,22 +231,8 @@ class Bench {
     RankOps ops;
     const int64_t selections = o_.tokens * o_.top_k;
     const int64_t row_bytes = 2 * o_.hidden;
-    PlanParams& p = ops.plan;
-    p.peers = ranks_.context(rank);
-    p.num_tokens = o_.tokens;
-    p.top_k = o_.top_k;
-    p.num_experts = o_.experts;
-    p.capacity = capacity_;
-    p.topk_idx = ranks_.TakeCopy(rank, topk_idx);
-    p.group_sizes = Take<int32_t>(rank, o_.experts / o_.ranks);
-    p.num_rows = Take<int32_t>(rank, 1);
-    p.overflow = Take<int32_t>(rank, 1);
-    p.tokens_per_expert = Take<int32_t>(rank, o_.experts);
-    p.dest_rank = Take<int32_t>(rank, selections);
-    p.dest_row = Take<int32_t>(rank, selections);
-    p.row_source = Take<int32_t>(rank, capacity_);
-    p.arrival_rows = Take<int32_t>(rank, capacity_);
-    p.rows_per_source = Take<int32_t>(rank, o_.ranks);
+    ops.plan = testing::TakePlan(ranks_, rank, topk_idx, capacity_);
+    const PlanParams& p = ops.plan;
     const PlanArrays plan{p.dest_rank,  p.dest_row,     p.num_rows,
                           p.row_source, p.arrival_rows, p.rows_per_source};
     DispatchParams& d = ops.dispatch;

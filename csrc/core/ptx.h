@@ -112,8 +112,6 @@ __device__ inline uint64_t globaltimer() {
   return ns;
 }
 
-__device__ inline void nanosleep(uint32_t ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
-
 // ---- rows ----
 
 /// 16 bytes that are read once.

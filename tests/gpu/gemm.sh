@@ -16,21 +16,7 @@
 # layer_gpu.py and gemm.cu.
 set -u -o pipefail
 cd "$(dirname "$0")/../.."
-BUILD_DIR=${BUILD_DIR:-build/gpu}
-LOGS=${OUT:-$BUILD_DIR/logs}
-mkdir -p "$LOGS"
-failed=0
-
-step() {  # seconds name command..
-  local limit=$1 name=$2 began=$SECONDS
-  shift 2
-  echo "== $name"
-  timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$LOGS/$name.log"
-  local rc=${PIPESTATUS[0]}
-  echo "== $name: status $rc, $((SECONDS - began)) s"
-  if [ "$rc" != 0 ]; then failed=1; fi
-  return "$rc"
-}
+. tests/gpu/steps.sh
 
 if [ ! -x "$BUILD_DIR/gemm_test" ]; then
   step 600 build bash -c "cmake -S . -B $BUILD_DIR -DWIDEEP_CUDA=ON -DWIDEEP_TESTS=ON -DPython_EXECUTABLE=$(command -v python3) &&

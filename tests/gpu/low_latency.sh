@@ -16,37 +16,8 @@
 # Default: cpp suite, at most 8 minutes. CPP, CHECKS, BENCH, LOOP, DECODE, OVERLAP: arguments of the programs.
 set -u -o pipefail
 cd "$(dirname "$0")/../.."
-BUILD_DIR=${BUILD_DIR:-build/gpu}
-LOGS=${OUT:-$BUILD_DIR/logs}
+. tests/gpu/steps.sh
 RANKS=${RANKS:-1 2 3 4 8}
-mkdir -p "$LOGS"
-failed=0
-
-step() {  # seconds name command..
-  local limit=$1 name=$2 began=$SECONDS
-  shift 2
-  echo "== $name"
-  timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$LOGS/$name.log"
-  local rc=${PIPESTATUS[0]}
-  echo "== $name: status $rc, $((SECONDS - began)) s"
-  if [ "$rc" != 0 ]; then failed=1; fi
-  return "$rc"
-}
-
-start_mps() {
-  [ -n "${mps:-}" ] && return
-  mps=$(mktemp -d)
-  export CUDA_MPS_PIPE_DIRECTORY=$mps/pipe CUDA_MPS_LOG_DIRECTORY=$mps/log
-  mkdir -p "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
-  nvidia-cuda-mps-control -d && sleep 1
-}
-stop_mps() {
-  [ -n "${mps:-}" ] || return
-  echo quit | timeout 20 nvidia-cuda-mps-control >/dev/null
-  rm -rf "$mps"
-  unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY mps
-}
-trap stop_mps EXIT
 
 launch() {  # seconds name launch.py's arguments..
   local limit=$1 name=$2

@@ -159,31 +159,6 @@ inline void CheckNearRows(const char* name, int rank, DType dtype, const std::ve
   }
 }
 
-/// One rank's plan over fresh memory, ready to launch. `capacity` 0: the worst case.
-template <typename Machine>
-PlanParams TakePlan(VirtualRanks<Machine>& ranks, int rank, const std::vector<int32_t>& topk_idx,
-                    int64_t capacity = 0) {
-  const GroupSettings& group = ranks.settings();
-  const auto selections = static_cast<int64_t>(topk_idx.size());
-  PlanParams p;
-  p.peers = ranks.context(rank);
-  p.num_tokens = selections / group.top_k;
-  p.top_k = group.top_k;
-  p.num_experts = group.num_experts;
-  p.capacity = capacity > 0 ? capacity : group.num_ranks * selections;
-  p.topk_idx = ranks.TakeCopy(rank, topk_idx);
-  p.group_sizes = ranks.template Take<int32_t>(rank, group.num_experts / group.num_ranks);
-  p.num_rows = ranks.template Take<int32_t>(rank, 1);
-  p.overflow = ranks.template Take<int32_t>(rank, 1);
-  p.tokens_per_expert = ranks.template Take<int32_t>(rank, group.num_experts);
-  p.dest_rank = ranks.template Take<int32_t>(rank, selections);
-  p.dest_row = ranks.template Take<int32_t>(rank, selections);
-  p.row_source = ranks.template Take<int32_t>(rank, p.capacity);
-  p.arrival_rows = ranks.template Take<int32_t>(rank, p.capacity);
-  p.rows_per_source = ranks.template Take<int32_t>(rank, group.num_ranks);
-  return p;
-}
-
 /// Runs all five ops on all ranks and compares. Returns false if an op gave up.
 template <typename Machine>
 bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random& random) {

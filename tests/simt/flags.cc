@@ -147,9 +147,4 @@ uint64_t Time(Site site) {
   return rt.stats.now_ns;
 }
 
-void Sleep(uint32_t, Site site) {
-  Runtime::Get()->Doing("nanosleep", site);
-  Runtime::Get()->Yield();
-}
-
 }  // namespace simt

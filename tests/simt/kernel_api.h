@@ -48,7 +48,6 @@ uint64_t FlagUpdate(Rmw kind, void* pointer, int bytes, uint64_t value, uint64_t
 void Fence(Scope scope, Site site);
 void ProxyFence(Site site);
 uint64_t Time(Site site);
-void Sleep(uint32_t ns, Site site);
 
 // ---- memory ----
 

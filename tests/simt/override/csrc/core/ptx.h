@@ -78,7 +78,6 @@ inline void fence_proxy_async_shared_cta(Site site = Site::Here()) { simt::Proxy
 /// anyway.
 inline void fence_mbarrier_init_release_cluster() {}
 inline uint64_t globaltimer(Site site = Site::Here()) { return simt::Time(site); }
-inline void nanosleep(uint32_t ns, Site site = Site::Here()) { simt::Sleep(ns, site); }
 
 // ---- barriers ----
 
