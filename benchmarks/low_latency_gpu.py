@@ -13,6 +13,9 @@ end, nothing in the step waited on the host. With --kernels, the JSON lines of b
 the same kernels in a CUDA graph, the rest is the launch overhead of an exchange: (layer - dispatch - combine) / 2.
 Where XLA dumped its program (--dump), the commands of the step are counted by kind: of a captured step one command
 buffer is left.
+
+First comes a step of as many kernels that exchange nothing, each of which reads what the one before it wrote, over one
+row of `hidden` values: what the machine takes to go from a kernel to the next one, with all ranks at it at once.
 """
 
 from __future__ import annotations
@@ -50,6 +53,17 @@ def make_step(world: World, group: wep.ExpertGroup, layers: int, quantize: str |
         return x
 
     return world.on_ranks(loop_of_exchanges)
+
+
+def make_chain(world: World, kernels: int) -> Any:
+    """As many kernels in a row as `kernels`, one after the other."""
+
+    def chain_of_kernels(x):
+        for _ in range(kernels):
+            x = jax.lax.optimization_barrier(x * 1.0001)
+        return x
+
+    return world.on_ranks(chain_of_kernels)
 
 
 def make_arrays(world: World, arguments: argparse.Namespace, tokens: int) -> list[Any]:
@@ -151,6 +165,24 @@ def main() -> None:
         f"{world.num_ranks} ranks on {world.devices[0].device_kind}, {arguments.layers} layers, hidden "
         f"{arguments.hidden}, top-{arguments.top_k} of {arguments.experts}, ffn {arguments.ffn}, jax {jax.__version__}"
     )
+    chain = make_chain(world, 2 * arguments.layers)
+    row = world.put(np.ones((world.num_ranks, 1, arguments.hidden), np.float32))
+    done, returned = time_step(world, "chain", chain, [row], arguments.repeats)
+    us_kernel = done / (2 * arguments.layers) * 1e6
+    world.say(f"{2 * arguments.layers} kernels without exchange: {us_kernel:.2f} us each")
+    if arguments.json and world.process == 0:
+        record = {
+            "benchmark": "chain of kernels",
+            "ranks": world.num_ranks,
+            "processes": world.num_processes,
+            "device": world.devices[0].device_kind,
+            "kernels": 2 * arguments.layers,
+            "hidden": arguments.hidden,
+            "kernel_us": round(us_kernel, 3),
+            "call_returns_us": round(returned * 1e6, 1),
+        }
+        with open(arguments.json, "a") as file:
+            file.write(json.dumps(record) + "\n")
     world.say(
         f"{'wire':5} {'tokens':>6} {'us a layer':>10} {'us returns':>10} {'us overhead an exchange':>24}"
     )
@@ -181,6 +213,7 @@ def main() -> None:
                 record = {
                     "benchmark": "loop of exchanges",
                     "ranks": world.num_ranks,
+                    "processes": world.num_processes,
                     "device": world.devices[0].device_kind,
                     "wire": wire,
                     "tokens": tokens,

@@ -8,8 +8,8 @@
 #   sanitize  a small part of it under compute-sanitizer, its four tools at once
 #   suite     low_latency_suite.py at each of $RANKS processes that share the GPU (default: 1 2 3 4 8), under MPS
 #   bench     benchmarks/low_latency.cu: JSON lines to $LOGS/low_latency.jsonl, from them table and plot
-#   loop      benchmarks/low_latency_gpu.py: 60 exchanges in one compiled step, at 8 processes; after bench, with the
-#             launch overhead
+#   loop      benchmarks/low_latency_gpu.py: 60 exchanges in one compiled step, at each of $LOOP_RANKS processes (default:
+#             8), with the launch overhead by the kernels' times in $KERNELS (default: those of bench)
 #   decode    python -m jax_wideep.bench decode at each of $DECODE_RANKS processes (default: 1 8)
 #   overlap   examples/decode_overlap.py at 8 processes
 #
@@ -58,9 +58,11 @@ for name in ${@:-cpp suite}; do
         step 60 plot python3 benchmarks/plot_low_latency.py "$LOGS/low_latency.jsonl" --out "$LOGS/low_latency.png" ;;
     loop)
       kernels=()
-      [ -f "$LOGS/low_latency.jsonl" ] && kernels=(--kernels "$LOGS/low_latency.jsonl")
-      launch 150 loop --xla-flag=--xla_gpu_graph_min_graph_size=1 --dump=loop_of_exchanges 8 \
-        benchmarks/low_latency_gpu.py --json "$LOGS/low_latency_loop.jsonl" "${kernels[@]}" ${LOOP:-} ;;
+      [ -f "${KERNELS:=$LOGS/low_latency.jsonl}" ] && kernels=(--kernels "$KERNELS")
+      for ranks in ${LOOP_RANKS:-8}; do
+        launch 120 loop --xla-flag=--xla_gpu_graph_min_graph_size=1 --dump=loop_of_exchanges "$ranks" \
+          benchmarks/low_latency_gpu.py --json "$LOGS/low_latency_loop.jsonl" "${kernels[@]}" ${LOOP:-}
+      done ;;
     decode)
       for ranks in ${DECODE_RANKS:-1 8}; do
         launch 200 decode "$ranks" jax_wideep.bench decode --json "$LOGS/decode_$ranks.jsonl" ${DECODE:-}
