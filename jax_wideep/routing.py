@@ -9,7 +9,9 @@ Pure JAX on one rank's tokens; nothing here communicates except the two losses, 
 How published models are written with `RouterConfig`:
 
 - Switch Transformer (arXiv:2101.03961): `top_k=1, renormalize=False, jitter=1e-2`.
-- Mixtral (arXiv:2401.04088), GPT-OSS (arXiv:2508.10925): the defaults; see `RouterConfig.renormalize`.
+- Mixtral (arXiv:2401.04088), Qwen3-MoE (arXiv:2505.09388): the defaults; see `RouterConfig.renormalize`.
+- GPT-OSS (arXiv:2508.10925): `use_logit_bias=True`.
+- Llama 4: `top_k=1, score="sigmoid", renormalize=False`; it weighs the experts' inputs, see `moe_ffn`.
 - DeepSeek-V2 (arXiv:2405.04434):
   `renormalize=False, num_groups=8, group_top_k=3, group_score="max", scaling_factor=16.0`.
 - DeepSeek-V3 (arXiv:2412.19437):
@@ -54,6 +56,7 @@ class RouterConfig:
             `group_score` (arXiv:2405.04434 section 2.2.2, arXiv:2412.19437 section 2.1.2).
         group_score: What ranks the groups: the sum of a group's two best scores ("top2", DeepSeek-V3), or
             its best score ("max", DeepSeek-V2). The selection bias, where there is one, counts here too.
+        use_logit_bias: Whether the router is an affine map, with a bias that is learned (GPT-OSS).
         use_selection_bias: Whether `route` takes a bias that is added to the scores for choosing only
             (arXiv:2408.15664).
         scaling_factor: Multiplies the weights, after renormalisation.
@@ -72,6 +75,7 @@ class RouterConfig:
     num_groups: int = 1
     group_top_k: int = 1
     group_score: Literal["top2", "max"] = "top2"
+    use_logit_bias: bool = False
     use_selection_bias: bool = False
     scaling_factor: float = 1.0
     jitter: float = 0.0
@@ -149,15 +153,17 @@ def router_logits(
     kernel: Float[Array, "hidden experts"],
     config: RouterConfig,
     *,
+    bias: Float[Array, " experts"] | None = None,
     jitter_rng: PRNGKeyArray | None = None,
     precision: jax.lax.PrecisionLike = "highest",
 ) -> Float32[Array, "tokens experts"]:
-    """Router logits `x @ kernel`, accumulated and returned in float32, with input noise while training.
+    """Router logits `x @ kernel + bias`, accumulated and returned in float32, with input noise while training.
 
     Args:
         x: Tokens, any float dtype.
         kernel: The router's weights, any float dtype.
-        config: Only `num_experts` and `jitter` are used.
+        config: Only `num_experts`, `use_logit_bias` and `jitter` are used.
+        bias: Added to every token's logits, any float dtype. Required if and only if `config.use_logit_bias`.
         jitter_rng: Key of the noise (arXiv:2101.03961 appendix C); None, as in evaluation, gives none. The
             noise is drawn and applied in float32. Under `shard_map` fold the rank into the key, or every
             rank draws the same noise.
@@ -165,7 +171,8 @@ def router_logits(
             rounded to TF32 on a GPU: enough to change which expert wins.
 
     Raises:
-        ValueError: The shapes of `x`, `kernel` and `config.num_experts` disagree.
+        ValueError: The shapes of `x`, `kernel`, `bias` and `config.num_experts` disagree, or `bias` contradicts
+            the config.
     """
     if x.ndim != 2 or not _is_float(x):
         raise ValueError(
@@ -177,12 +184,14 @@ def router_logits(
             f"router_logits: kernel must be a float array [hidden, num_experts] = "
             f"[{x.shape[1]}, {config.num_experts}], got {_describe(kernel)}; check its orientation"
         )
+    _check_bias("router_logits", "bias", bias, config.num_experts, "use_logit_bias", config.use_logit_bias)
     if jitter_rng is not None and config.jitter > 0:
         noise = jax.random.uniform(
             jitter_rng, x.shape, jnp.float32, minval=1.0 - config.jitter, maxval=1.0 + config.jitter
         )
         x = x.astype(jnp.float32) * noise
-    return jnp.matmul(x, kernel, precision=precision, preferred_element_type=jnp.float32)
+    logits = jnp.matmul(x, kernel, precision=precision, preferred_element_type=jnp.float32)
+    return logits if bias is None else logits + bias.astype(jnp.float32)
 
 
 def route(
@@ -220,19 +229,14 @@ def route(
             f"route: logits must be a float array [tokens, num_experts] = [tokens, {config.num_experts}], "
             f"got {_describe(logits)}; flatten leading dimensions into tokens, or correct num_experts"
         )
-    if config.use_selection_bias != (selection_bias is not None):
-        expected, got = ("an array", "None") if config.use_selection_bias else ("None", "an array")
-        raise ValueError(
-            f"route: selection_bias must be {expected} with use_selection_bias={config.use_selection_bias}, "
-            f"got {got}; pass both or neither"
-        )
-    if selection_bias is not None and (
-        selection_bias.shape != (config.num_experts,) or not _is_float(selection_bias)
-    ):
-        raise ValueError(
-            f"route: selection_bias must be a float array [num_experts] = [{config.num_experts}], "
-            f"got {_describe(selection_bias)}; it is one bias per expert, shared by all tokens"
-        )
+    _check_bias(
+        "route",
+        "selection_bias",
+        selection_bias,
+        config.num_experts,
+        "use_selection_bias",
+        config.use_selection_bias,
+    )
     _check_token_mask("route", token_mask, logits.shape[0])
 
     logits = logits.astype(jnp.float32)
@@ -414,6 +418,21 @@ def _choose(
         kept = jnp.any(kept_idx[:, :, None] == jnp.arange(config.num_groups), axis=1)
         scores = jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
     return jax.lax.top_k(scores, config.top_k)[1].astype(jnp.int32)
+
+
+def _check_bias(
+    op: str, name: str, bias: Float[Array, " experts"] | None, num_experts: int, setting: str, wanted: bool
+) -> None:
+    if wanted != (bias is not None):
+        expected, got = ("an array", "None") if wanted else ("None", "an array")
+        raise ValueError(
+            f"{op}: {name} must be {expected} with {setting}={wanted}, got {got}; pass both or neither"
+        )
+    if bias is not None and (bias.shape != (num_experts,) or not _is_float(bias)):
+        raise ValueError(
+            f"{op}: {name} must be a float array [num_experts] = [{num_experts}], "
+            f"got {_describe(bias)}; it is one bias per expert, shared by all tokens"
+        )
 
 
 def _check_token_mask(op: str, token_mask: Bool[Array, " tokens"] | None, num_tokens: int) -> None:
