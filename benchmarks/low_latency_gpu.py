@@ -7,10 +7,14 @@ The step has --layers layers, unrolled under jax.jit. A layer is ll_dispatch, an
 anew for every layer. Without --ffn the expert is the identity, so a layer is two exchanges and nothing else; with it,
 two grouped products and SwiGLU. Bfloat16, rows past the counts left alone (zero_tail=False).
 
-A time is that of a step from its call until its output is there, on the slowest rank, over the layers; the figure is
-the median of --repeats of them. `returns` says after how long the call itself came back: where that is well before the
-end, nothing in the step waited on the host. With --kernels, the JSON lines of benchmarks/low_latency.cu, which times
-the same kernels in a CUDA graph, the rest is the launch overhead of an exchange: (layer - dispatch - combine) / 2.
+Steps follow one another as in a decoder: --in-flight of them are called in a row, each on the tokens that the last one
+returned, which it may overwrite (donate_argnums), and the host waits at the end only. Without donation every call would
+find its buffers elsewhere, and XLA would then write all launches of its command buffer anew, 4 to 8 us each. A time is
+that from the first call until the last output is there, on the slowest rank, over steps and layers; the figure is the
+median of --repeats of them. `returns` says after how long a call came back, in the mean: where that is well below
+the step's time, nothing in the step waited on the host. With --kernels, the JSON lines of benchmarks/low_latency.cu,
+which times the same kernels in a CUDA graph, the rest is the launch overhead of an exchange:
+(layer - dispatch - combine) / 2.
 Where XLA dumped its program (--dump), the commands of the step are counted by kind: of a captured step one command
 buffer is left.
 
@@ -52,7 +56,7 @@ def make_step(world: World, group: wep.ExpertGroup, layers: int, quantize: str |
             x = wep.ll_combine(y, weights, recv, zero_tail=False)
         return x
 
-    return world.on_ranks(loop_of_exchanges)
+    return world.on_ranks(loop_of_exchanges, donate_argnums=0)
 
 
 def make_chain(world: World, kernels: int) -> Any:
@@ -63,7 +67,7 @@ def make_chain(world: World, kernels: int) -> Any:
             x = jax.lax.optimization_barrier(x * 1.0001)
         return x
 
-    return world.on_ranks(chain_of_kernels)
+    return world.on_ranks(chain_of_kernels, donate_argnums=0)
 
 
 def make_arrays(world: World, arguments: argparse.Namespace, tokens: int) -> list[Any]:
@@ -112,17 +116,21 @@ def slowest(world: World, name: str, own: list[float]) -> list[float]:
 
 
 def time_step(
-    world: World, name: str, step: Any, arrays: list[jax.Array], repeats: int
+    world: World, name: str, step: Any, arrays: list[Any], repeats: int, in_flight: int
 ) -> tuple[float, float]:
-    """Seconds until the step is done, and until its call returns."""
+    """Seconds of a step, and until its call returns, over `in_flight` steps in a row; the first array goes along."""
+    first, *rest = arrays
+    copy = world.on_ranks(jnp.copy)
     done, returned = [], []
     for _ in range(repeats + 2):
+        x = jax.block_until_ready(copy(first))
         world.barrier(timeout_s=100)
         began = time.perf_counter()
-        out = step(*arrays)
-        returned.append(time.perf_counter() - began)
-        jax.block_until_ready(out)
-        done.append(time.perf_counter() - began)
+        for _ in range(in_flight):
+            x = step(x, *rest)
+        returned.append((time.perf_counter() - began) / in_flight)
+        jax.block_until_ready(x)
+        done.append((time.perf_counter() - began) / in_flight)
     return (
         statistics.median(slowest(world, f"done {name}", done[2:])),
         statistics.median(slowest(world, f"returned {name}", returned[2:])),
@@ -154,6 +162,7 @@ def main() -> None:
     parser.add_argument("--wires", nargs="+", default=["fp8", "bf16"], choices=["fp8", "bf16"])
     parser.add_argument("--sms", type=int, default=16, help="of each rank")
     parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--in-flight", type=int, default=8, help="steps between two waits of the host")
     parser.add_argument("--chunk", type=int, default=128, help="of the group; as in the file of --kernels")
     parser.add_argument("--kernels", help="JSON lines of benchmarks/low_latency.cu")
     parser.add_argument("--json", help="file that gets a line per figure")
@@ -167,7 +176,7 @@ def main() -> None:
     )
     chain = make_chain(world, 2 * arguments.layers)
     row = world.put(np.ones((world.num_ranks, 1, arguments.hidden), np.float32))
-    done, returned = time_step(world, "chain", chain, [row], arguments.repeats)
+    done, returned = time_step(world, "chain", chain, [row], arguments.repeats, arguments.in_flight)
     us_kernel = done / (2 * arguments.layers) * 1e6
     world.say(f"{2 * arguments.layers} kernels without exchange: {us_kernel:.2f} us each")
     if arguments.json and world.process == 0:
@@ -177,6 +186,7 @@ def main() -> None:
             "processes": world.num_processes,
             "device": world.devices[0].device_kind,
             "kernels": 2 * arguments.layers,
+            "in_flight": arguments.in_flight,
             "hidden": arguments.hidden,
             "kernel_us": round(us_kernel, 3),
             "call_returns_us": round(returned * 1e6, 1),
@@ -198,7 +208,9 @@ def main() -> None:
         for wire, tokens in itertools.product(arguments.wires, arguments.tokens):
             step = make_step(world, group, arguments.layers, "fp8" if wire == "fp8" else None, arguments.ffn)
             arrays = make_arrays(world, arguments, tokens)
-            done, returned = time_step(world, f"{wire} {tokens}", step, arrays, arguments.repeats)
+            done, returned = time_step(
+                world, f"{wire} {tokens}", step, arrays, arguments.repeats, arguments.in_flight
+            )
             group.check()
             us_layer = done / arguments.layers * 1e6
             alone = kernels.get((wire, tokens))
@@ -206,7 +218,7 @@ def main() -> None:
             commands = commands_of_step(world)
             shown = "" if overhead is None else f"{overhead:.2f}"
             world.say(
-                f"{wire:5} {tokens:6} {us_layer:10.1f} {returned / arguments.layers * 1e6:10.1f} {shown:>24}"
+                f"{wire:5} {tokens:6} {us_layer:10.1f} {returned * 1e6:10.1f} {shown:>24}"
                 + (f"   {commands}" if commands else "")
             )
             if arguments.json and world.process == 0:
@@ -218,6 +230,7 @@ def main() -> None:
                     "wire": wire,
                     "tokens": tokens,
                     "layers": arguments.layers,
+                    "in_flight": arguments.in_flight,
                     "hidden": arguments.hidden,
                     "top_k": arguments.top_k,
                     "experts": arguments.experts,
