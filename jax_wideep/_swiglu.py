@@ -1,8 +1,10 @@
 """The experts' SwiGLU: on Hopper GPUs by a kernel of our own that reads the group sizes, so that rows past a
-group's end cost nothing; the rows that a rank can receive are many times those that it usually does."""
+group's end cost nothing; the rows that a rank can receive are many times those that it usually does.
+And its clamped form, in XLA on every device."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -17,6 +19,26 @@ def swiglu(hidden: Float[jax.Array, "*rows inner"]) -> Float[jax.Array, "*rows f
     """silu(gate) * up (arXiv:2002.05202), for hidden = gate | up along the last axis."""
     gate, up = jnp.split(hidden, 2, axis=-1)
     return jax.nn.silu(gate) * up
+
+
+@dataclasses.dataclass(frozen=True)
+class ClampedSwiGLU:
+    """The activation of GPT-OSS: `gate * sigmoid(alpha * gate) * (up + 1)` after clamping; hashable.
+
+    Attributes:
+      alpha: steepness of the gate's sigmoid.
+      limit: the gate is clamped to at most `limit`, `up` to [-limit, limit]. The gradient is 0 beyond.
+    """
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __call__(self, hidden: Float[jax.Array, "*rows inner"]) -> Float[jax.Array, "*rows ffn"]:
+        gate, up = jnp.split(hidden, 2, axis=-1)
+        # Not jnp.clip, whose gradient at the limit itself is a half.
+        gate = jnp.where(gate > self.limit, self.limit, gate)
+        up = jnp.where(up > self.limit, self.limit, jnp.where(up < -self.limit, -self.limit, up))
+        return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
 
 
 def swiglu_of_groups(

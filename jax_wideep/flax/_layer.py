@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_wideep import _ffi
 from jax_wideep.group import ExpertGroup
 from jax_wideep.low_latency import Quantize
-from jax_wideep.moe import Activation, Mode, MoEStats, activate, inner_size, moe_ffn
+from jax_wideep.moe import Activation, Mode, MoEStats, activate, check_activation, inner_size, moe_ffn
 from jax_wideep.plan import Overflow
 from jax_wideep.routing import RouterConfig, load_balance_loss, route, router_logits, z_loss
 
@@ -30,6 +30,9 @@ class LayerConfig:
     router: RouterConfig
     activation: Activation
     shared_ffn: int
+    shared_gate: bool
+    use_bias: bool
+    weigh_input: bool
     mode: Mode
     capacity: int | None
     capacity_factor: float | None
@@ -50,6 +53,9 @@ def make_config(
     router: RouterConfig | None,
     activation: Activation,
     shared_ffn: int,
+    shared_gate: bool,
+    use_bias: bool,
+    weigh_input: bool,
     mode: Mode,
     capacity: int | None,
     capacity_factor: float | None,
@@ -67,8 +73,8 @@ def make_config(
                 raise ValueError(f"MoE: {name}: expected {theirs} as in {other}, got {ours}; make them equal")
     if hidden != group.hidden:
         raise ValueError(f"MoE: hidden: expected {group.hidden} as in group, got {hidden}; make them equal")
+    check_activation("MoE", activation)
     for name, value, choices in (
-        ("activation", activation, get_args(Activation)),
         ("mode", mode, get_args(Mode)),
         ("overflow", overflow, get_args(Overflow)),
     ):
@@ -76,6 +82,10 @@ def make_config(
             raise ValueError(f"MoE: {name}: expected one of {choices}, got {value!r}")
     if ffn < 1 or shared_ffn < 0:
         raise ValueError(f"MoE: ffn, shared_ffn: expected at least 1 and 0, got {ffn} and {shared_ffn}")
+    if shared_gate and not shared_ffn:
+        raise ValueError(
+            "MoE: shared_gate: expected False without a shared expert, got True; set shared_ffn too"
+        )
     if capacity is not None and capacity_factor is not None:
         raise ValueError("MoE: expected capacity or capacity_factor, got both; leave one out")
     if capacity_factor is not None and not capacity_factor > 0:
@@ -93,6 +103,9 @@ def make_config(
         router=router,
         activation=activation,
         shared_ffn=shared_ffn,
+        shared_gate=shared_gate,
+        use_bias=use_bias,
+        weigh_input=weigh_input,
         mode=mode,
         capacity=capacity,
         capacity_factor=capacity_factor,
@@ -117,10 +130,11 @@ class ParamSpec:
 _dense_init = jax.nn.initializers.lecun_normal()
 # Each expert is initialised as a dense layer of its own.
 _expert_init = jax.nn.initializers.lecun_normal(batch_axis=0)
+_zeros = jax.nn.initializers.zeros
 
 
 def param_specs(config: LayerConfig) -> dict[str, ParamSpec]:
-    """The layer's parameters by name; "gate.kernel" lives in the submodule `gate`."""
+    """The layer's parameters by name; "gate.kernel" and "gate.bias" live in the submodule `gate`."""
     experts, hidden = config.router.num_experts, config.hidden
     axis = config.group.axis[0] if len(config.group.axis) == 1 else config.group.axis
     inner = inner_size(config.ffn, config.activation)
@@ -131,10 +145,17 @@ def param_specs(config: LayerConfig) -> dict[str, ParamSpec]:
         "wi": ParamSpec((experts, hidden, inner), _expert_init, (axis, None, None), dtype),
         "wo": ParamSpec((experts, config.ffn, hidden), _expert_init, (axis, None, None), dtype),
     }
+    if config.router.use_logit_bias:
+        specs["gate.bias"] = ParamSpec((experts,), _zeros, (None,), jnp.float32)
+    if config.use_bias:
+        specs["bi"] = ParamSpec((experts, inner), _zeros, (axis, None), dtype)
+        specs["bo"] = ParamSpec((experts, hidden), _zeros, (axis, None), dtype)
     if config.shared_ffn:
         shared_inner = inner_size(config.shared_ffn, config.activation)
         specs["shared_wi"] = ParamSpec((hidden, shared_inner), _dense_init, (None, None), dtype)
         specs["shared_wo"] = ParamSpec((config.shared_ffn, hidden), _dense_init, (None, None), dtype)
+    if config.shared_gate:
+        specs["shared_gate"] = ParamSpec((hidden, 1), _dense_init, (None, None), dtype)
     return specs
 
 
@@ -242,7 +263,9 @@ def _on_one_rank(config, return_stats, params, x, optional):
         rng = jax.random.fold_in(rng, jax.lax.axis_index(axes))
 
     with jax.named_scope("wideep_route"):
-        logits = router_logits(tokens, params["gate.kernel"], config.router, jitter_rng=rng)
+        logits = router_logits(
+            tokens, params["gate.kernel"], config.router, bias=params.get("gate.bias"), jitter_rng=rng
+        )
         routing = route(logits, config.router, selection_bias=optional.get("selection_bias"), token_mask=mask)
     tokens = tokens.astype(dtype)
     capacity = config.capacity
@@ -259,13 +282,19 @@ def _on_one_rank(config, return_stats, params, x, optional):
         capacity=capacity if config.mode == "throughput" else None,
         overflow=config.overflow,
         activation=config.activation,
+        bi=params["bi"].astype(dtype) if config.use_bias else None,
+        bo=params["bo"].astype(dtype) if config.use_bias else None,
+        weigh_input=config.weigh_input,
         quantize=config.quantize,
         return_stats=return_stats,
     )
     if config.shared_ffn:
         with jax.named_scope("wideep_shared_expert"):
             hidden = activate(tokens @ params["shared_wi"].astype(dtype), config.activation)
-            out = out + hidden @ params["shared_wo"].astype(dtype)
+            shared = hidden @ params["shared_wo"].astype(dtype)
+            if config.shared_gate:
+                shared = jax.nn.sigmoid(tokens @ params["shared_gate"].astype(dtype)) * shared
+            out = out + shared
     out = out.reshape(x.shape).astype(x.dtype)
     if not return_stats:
         return out, None

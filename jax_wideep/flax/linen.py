@@ -18,14 +18,17 @@ from jax_wideep.routing import RouterConfig
 
 
 class Gate(nn.Module):
-    """Holds the router's kernel, float32 [hidden, num_experts], under the name `gate.kernel`."""
+    """Holds the router's parameters: `kernel`, float32 [hidden, num_experts], and perhaps `bias`."""
 
-    spec: _layer.ParamSpec
+    specs: dict[str, _layer.ParamSpec]
     mesh: jax.sharding.Mesh
 
     @nn.compact
-    def __call__(self) -> jax.Array:
-        return self.param("kernel", _partitioned(self.spec, self.mesh), self.spec.shape, self.spec.dtype)
+    def __call__(self) -> dict[str, jax.Array]:
+        return {
+            name: self.param(name, _partitioned(spec, self.mesh), spec.shape, spec.dtype)
+            for name, spec in self.specs.items()
+        }
 
 
 class MoE(nn.Module):
@@ -43,6 +46,9 @@ class MoE(nn.Module):
     router: RouterConfig | None = None
     activation: Activation = "swiglu"
     shared_ffn: int = 0
+    shared_gate: bool = False
+    use_bias: bool = False
+    weigh_input: bool = False
     mode: Mode = "throughput"
     capacity: int | None = None
     capacity_factor: float | None = None
@@ -72,6 +78,9 @@ class MoE(nn.Module):
             router=self.router,
             activation=self.activation,
             shared_ffn=self.shared_ffn,
+            shared_gate=self.shared_gate,
+            use_bias=self.use_bias,
+            weigh_input=self.weigh_input,
             mode=self.mode if mode is None else mode,
             capacity=self.capacity,
             capacity_factor=self.capacity_factor,
@@ -81,12 +90,14 @@ class MoE(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        params = {}
-        for name, spec in _layer.param_specs(config).items():
-            if name == "gate.kernel":
-                params[name] = Gate(spec, config.group.mesh, name="gate")()
-            else:
-                params[name] = self.param(name, _partitioned(spec, config.group.mesh), spec.shape, spec.dtype)
+        specs, mesh = _layer.param_specs(config), config.group.mesh
+        of_gate = {
+            name.removeprefix("gate."): spec for name, spec in specs.items() if name.startswith("gate.")
+        }
+        params = {f"gate.{name}": value for name, value in Gate(of_gate, mesh, name="gate")().items()}
+        for name, spec in specs.items():
+            if not name.startswith("gate."):
+                params[name] = self.param(name, _partitioned(spec, mesh), spec.shape, spec.dtype)
         bias = None
         if config.router.use_selection_bias:
             bias = self.variable(

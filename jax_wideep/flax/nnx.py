@@ -26,11 +26,13 @@ class Gate(nnx.Module):
 
     Attributes:
       kernel: float32 [hidden, num_experts].
+      bias: float32 [num_experts] if the router's logits have one, otherwise None.
       selection_bias: float32 [num_experts] if the router uses one, otherwise None.
     """
 
-    def __init__(self, kernel: nnx.Param, selection_bias: SelectionBias | None):
+    def __init__(self, kernel: nnx.Param, bias: nnx.Param | None, selection_bias: SelectionBias | None):
         self.kernel = kernel
+        self.bias = bias
         self.selection_bias = selection_bias
 
 
@@ -41,8 +43,9 @@ class MoE(nnx.Module):
     mesh. Inside somebody else's shard_map over the group's axes it works on the shards it is given.
 
     Parameters: `gate.kernel` [hidden, num_experts] float32; `wi` [num_experts, hidden, 2 * ffn] (gate before
-    up; ffn columns without a gate); `wo` [num_experts, ffn, hidden]; with shared experts `shared_wi`,
-    `shared_wo`. Experts carry partitioning metadata over `group.axis`.
+    up; ffn columns without a gate); `wo` [num_experts, ffn, hidden]; with biases `bi`, `bo`, one row per expert,
+    and `gate.bias`; with shared experts `shared_wi`, `shared_wo`, `shared_gate` [hidden, 1]. Experts carry
+    partitioning metadata over `group.axis`.
 
     Args:
       hidden: hidden size.
@@ -52,9 +55,12 @@ class MoE(nnx.Module):
       group: the ExpertGroup.
       rngs: uses the stream `params`.
       router: how experts are chosen; None is softmax with renormalised top-k.
-      activation: "swiglu", "gelu" or "relu2".
+      activation: "swiglu", "gelu", "relu2" or a ClampedSwiGLU.
       shared_ffn: inner size of a shared expert that every token goes through (n shared experts of size f are
         one of size n * f); 0 for none.
+      shared_gate: whether the shared expert's output is multiplied by the sigmoid of a learned score of the token.
+      use_bias: whether experts have biases.
+      weigh_input: whether gate weights multiply the experts' inputs in place of their outputs, see moe_ffn.
       mode: "throughput" for training and prefill, "low_latency" for decode; calls may choose the other.
       capacity: rows a rank can receive; None drops nothing.
       capacity_factor: the same as a multiple of tokens * top_k per rank, the average load.
@@ -68,6 +74,9 @@ class MoE(nnx.Module):
       ValueError: settings that contradict each other or the group.
     """
 
+    wi: nnx.Param
+    wo: nnx.Param
+
     def __init__(
         self,
         hidden: int,
@@ -80,6 +89,9 @@ class MoE(nnx.Module):
         router: RouterConfig | None = None,
         activation: Activation = "swiglu",
         shared_ffn: int = 0,
+        shared_gate: bool = False,
+        use_bias: bool = False,
+        weigh_input: bool = False,
         mode: Mode = "throughput",
         capacity: int | None = None,
         capacity_factor: float | None = None,
@@ -98,6 +110,9 @@ class MoE(nnx.Module):
             router=router,
             activation=activation,
             shared_ffn=shared_ffn,
+            shared_gate=shared_gate,
+            use_bias=use_bias,
+            weigh_input=weigh_input,
             mode=mode,
             capacity=capacity,
             capacity_factor=capacity_factor,
@@ -114,12 +129,9 @@ class MoE(nnx.Module):
         bias = None
         if self.config.router.use_selection_bias:
             bias = SelectionBias(jnp.zeros(num_experts, jnp.float32))
-        self.gate = Gate(made["gate.kernel"], bias)
-        self.wi = made["wi"]
-        self.wo = made["wo"]
-        if shared_ffn:
-            self.shared_wi = made["shared_wi"]
-            self.shared_wo = made["shared_wo"]
+        self.gate = Gate(made.pop("gate.kernel"), made.pop("gate.bias", None), bias)
+        for name, param in made.items():
+            setattr(self, name, param)
 
     def __call__(
         self,
@@ -143,9 +155,7 @@ class MoE(nnx.Module):
         Returns:
           Output in the shape and dtype of x; with `return_stats` also a MoEStats over all ranks.
         """
-        params = {"gate.kernel": self.gate.kernel[...], "wi": self.wi[...], "wo": self.wo[...]}
-        if self.config.shared_ffn:
-            params |= {"shared_wi": self.shared_wi[...], "shared_wo": self.shared_wo[...]}
+        params = {name: self.parameter(name)[...] for name in _layer.param_specs(self.config)}
         bias = self.gate.selection_bias
         out, stats = _layer.apply(
             self.config if mode is None else dataclasses.replace(self.config, mode=mode),
@@ -157,6 +167,14 @@ class MoE(nnx.Module):
             return_stats=return_stats,
         )
         return out if stats is None else (out, stats)
+
+    def parameter(self, name: str) -> nnx.Param:
+        """The parameter of that name, such as "wi" or "gate.kernel"."""
+        return (
+            getattr(self.gate, name.removeprefix("gate."))
+            if name.startswith("gate.")
+            else getattr(self, name)
+        )
 
     def update_selection_bias(self, stats: MoEStats, rate: float = 1e-3) -> None:
         """Moves the selection bias towards even load (arXiv:2408.15664); call it once a training step."""
