@@ -17,6 +17,7 @@ from jax_wideep.low_latency import (
     ll_dispatch_send,
 )
 from jax_wideep.moe import CHECKPOINT_NAMES, MoEStats, moe_ffn
+from jax_wideep.placement import Placement, compute_placement, make_placement
 from jax_wideep.plan import DispatchPlan, make_plan
 from jax_wideep.routing import RouterConfig
 
@@ -25,9 +26,11 @@ __all__ = [
     "DispatchPlan",
     "ExpertGroup",
     "MoEStats",
+    "Placement",
     "Received",
     "RouterConfig",
     "combine",
+    "compute_placement",
     "dispatch",
     "grouped_matmul",
     "grouped_matmul_weight_grad",
@@ -37,6 +40,7 @@ __all__ = [
     "ll_dispatch",
     "ll_dispatch_recv",
     "ll_dispatch_send",
+    "make_placement",
     "make_plan",
     "moe_ffn",
     "routing",

@@ -121,6 +121,15 @@ def moe_ffn(
     _check.shape(op, "topk_idx", topk_idx, (x.shape[0], group.top_k), "one row per token of x")
     _check.gate_weights(op, "topk_weights", topk_weights, topk_idx.shape)
     _check_experts(op, x, wi, wo, bi, bo, group, activation)
+    if placement is not None:
+        _check.instance(op, "placement", placement, Placement, "make one with compute_placement")
+        if placement.num_physical != group.num_experts:
+            raise ValueError(
+                f"{op}: placement: expected one of the group's {group.num_experts} physical experts, got one of "
+                f"{placement.num_physical}; make the ExpertGroup with num_experts={placement.num_physical}"
+            )
+        with jax.named_scope("wideep_place"):
+            topk_idx = placement.to_physical(topk_idx, jax.lax.axis_index(group.axis))
     if mode not in ("throughput", "low_latency"):
         raise ValueError(f"{op}: mode: expected 'throughput' or 'low_latency', got {mode!r}")
     if mode == "low_latency":
@@ -140,10 +149,11 @@ def moe_ffn(
             _experts, wi=wi, wo=wo, bi=bi, bo=bo, activation=activation, implementation=implementation
         )
         out = _low_latency(x, topk_idx, topk_weights, experts, group, quantize)
-        return out, (_low_latency_stats(topk_idx, group) if return_stats else None)
+        return out, (_low_latency_stats(topk_idx, group, placement) if return_stats else None)
 
     if plan is None:
-        plan = make_plan(topk_idx, group, capacity=capacity, overflow=overflow)
+        with jax.named_scope("wideep_plan"):
+            plan = make_plan(topk_idx, group, capacity=capacity, overflow=overflow)
     elif plan.group is not group:
         raise ValueError(
             f"{op}: plan: expected one made over the group that was passed, got one of another ExpertGroup; use one "
@@ -153,7 +163,8 @@ def moe_ffn(
         raise ValueError(f"{op}: plan: expected one for {x.shape[0]} tokens, got one for {plan.num_tokens}")
     plan = checkpoint_name(plan, _PLAN)
     # No op below looks at rows past the plan's, so nobody has to clear them.
-    rows, row_weights = checkpoint_name(dispatch(x, topk_weights, plan, zero_tail=False), _ROWS)
+    with jax.named_scope("wideep_dispatch"):
+        rows, row_weights = checkpoint_name(dispatch(x, topk_weights, plan, zero_tail=False), _ROWS)
     if weigh_input:
         rows, row_weights = rows * row_weights[:, None].astype(rows.dtype), jnp.ones_like(row_weights)
     y = _experts(
@@ -166,8 +177,9 @@ def moe_ffn(
         activation=activation,
         implementation=implementation,
     )
-    out = checkpoint_name(combine(y, row_weights, plan, zero_tail=False), _OUTPUT)
-    return out, (MoEStats(plan.tokens_per_expert, plan.overflow) if return_stats else None)
+    with jax.named_scope("wideep_combine"):
+        out = checkpoint_name(combine(y, row_weights, plan, zero_tail=False), _OUTPUT)
+    return out, (_stats(plan.tokens_per_expert, plan.overflow, group, placement) if return_stats else None)
 
 
 def activate(hidden: jax.Array, activation: Activation) -> jax.Array:
@@ -195,6 +207,7 @@ def check_activation(op: str, activation: Any) -> None:
         )
 
 
+@jax.named_scope("wideep_experts")
 def _experts(rows, group_sizes, *, wi, wo, bi, bo, activation, implementation):
     # Rows past a group's end stay unspecified throughout, with their gradients: neither the products nor combine
     # look at them.
@@ -213,7 +226,8 @@ def _experts(rows, group_sizes, *, wi, wo, bi, bo, activation, implementation):
 
 def _low_latency(x, topk_idx, topk_weights, experts, group, quantize):
     def one_microbatch(x, topk_idx, topk_weights):
-        recv = ll_dispatch(x, topk_idx, group, quantize=quantize, zero_tail=False)
+        with jax.named_scope("wideep_dispatch"):
+            recv = ll_dispatch(x, topk_idx, group, quantize=quantize, zero_tail=False)
         recv = dataclasses.replace(
             recv,
             rows=checkpoint_name(recv.rows, _ROWS),
@@ -221,7 +235,8 @@ def _low_latency(x, topk_idx, topk_weights, experts, group, quantize):
             row_source=checkpoint_name(recv.row_source, _PLAN),
         )
         y = experts(recv.rows, recv.counts)
-        return checkpoint_name(ll_combine(y, topk_weights, recv, zero_tail=False), _OUTPUT)
+        with jax.named_scope("wideep_combine"):
+            return checkpoint_name(ll_combine(y, topk_weights, recv, zero_tail=False), _OUTPUT)
 
     tokens = x.shape[0]
     if tokens <= group.chunk:
@@ -237,12 +252,20 @@ def _low_latency(x, topk_idx, topk_weights, experts, group, quantize):
     return jax.lax.map(lambda piece: one_microbatch(*piece), pieces).reshape(-1, x.shape[1])[:tokens]
 
 
-def _low_latency_stats(topk_idx, group):
+def _stats(counts, dropped, group, placement):
+    """Statistics from selections per physical expert."""
+    rows_per_rank = counts.reshape(group.num_ranks, -1).sum(axis=1)
+    if placement is not None:
+        counts = placement.to_logical_counts(counts)
+    return MoEStats(counts, dropped, rows_per_rank=rows_per_rank)
+
+
+def _low_latency_stats(topk_idx, group, placement):
     counted = jnp.where(topk_idx >= 0, topk_idx, group.num_experts).reshape(-1)
     own = jnp.zeros(group.num_experts, jnp.int32).at[counted].add(1, mode="drop")
     (own,) = _ffi.vary([own], group.axis)
     (dropped,) = _ffi.vary([jnp.int32(0)], tuple(_ffi.varying_axes(own)))
-    return MoEStats(jax.lax.psum(own, group.axis), dropped)
+    return _stats(jax.lax.psum(own, group.axis), dropped, group, placement)
 
 
 def _check_experts(op, x, wi, wo, bi, bo, group, activation):
