@@ -166,13 +166,12 @@ def draw(world: World, case: Case) -> dict[str, np.ndarray]:
     topk_idx = oracle.random_topk(rng, ranks, case.tokens, NUM_EXPERTS, case.top_k, kind=case.routing)
     received = np.bincount(topk_idx[topk_idx >= 0] // (NUM_EXPERTS // ranks), minlength=ranks)
     capacity = int(received.max() * 1.05) // 128 * 128 + 128
-    # The values do not matter; made where they are used, they would cost more than the exchange.
     return {
         "topk_idx": topk_idx,
         "received": received,
         "capacity": capacity,
-        "x": np.ones((ranks, case.tokens, case.hidden), jnp.bfloat16),
-        "weights": np.ones((ranks, case.tokens, case.top_k), np.float32),
+        "weights": rng.random((ranks, case.tokens, case.top_k), np.float32),
+        "keys": rng.integers(0, 2**32, (ranks, 1, 2), np.uint32),
     }
 
 
@@ -201,14 +200,17 @@ def measure(
 ):
     drawn = draw(world, case)
     capacity, mean_rows = drawn["capacity"], float(drawn["received"].mean())
-    arrays = {name: world.put(drawn[name]) for name in ("topk_idx", "x", "weights")}
-    fill = world.on_ranks(
-        lambda w: (
-            jax.lax.full((capacity, case.hidden), 1, jnp.bfloat16) + w[:1, :1].astype(jnp.bfloat16),
-            jax.lax.full((capacity,), 1, jnp.float32) + w[0, 0],
+    arrays = {name: world.put(drawn[name]) for name in ("topk_idx", "weights")}
+
+    def fill(keys):  # large arrays are drawn on the devices
+        keys = jax.random.split(jax.random.wrap_key_data(keys[0]), 3)
+        shapes = (case.tokens, case.hidden), (capacity, case.hidden)
+        x, rows = (
+            jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=False)
         )
-    )
-    arrays["rows"], arrays["row_weights"] = fill(arrays["weights"])
+        return x, rows, jax.random.uniform(keys[2], (capacity,), jnp.float32)
+
+    arrays["x"], arrays["rows"], arrays["row_weights"] = world.on_ranks(fill)(world.put(drawn["keys"]))
     for op in ops:
         settings = {
             "num_experts": NUM_EXPERTS,

@@ -5,7 +5,8 @@
 
 The step has --layers layers, unrolled under jax.jit. A layer is ll_dispatch, an expert, ll_combine; routing is drawn
 anew for every layer. Without --ffn the expert is the identity, so a layer is two exchanges and nothing else; with it,
-two grouped products and SwiGLU. Bfloat16, rows past the counts left alone (zero_tail=False).
+two grouped products and SwiGLU. Bfloat16, rows past the counts left alone (zero_tail=False). `dispatch` is a step
+of the same dispatches with nothing else, so what a combine adds is the layer's time less that.
 
 Steps follow one another as in a decoder: --in-flight of them are called in a row, each on the tokens that the last one
 returned, which it may overwrite (donate_argnums), and the host waits at the end only. Without donation every call would
@@ -57,6 +58,18 @@ def make_step(world: World, group: wep.ExpertGroup, layers: int, quantize: str |
         return x
 
     return world.on_ranks(loop_of_exchanges, donate_argnums=0)
+
+
+def make_dispatches(world: World, group: wep.ExpertGroup, layers: int, quantize: str | None) -> Any:
+    """The dispatches of the step alone; the next one's tokens are there once this one's rows are."""
+
+    def loop_of_dispatches(x, weights, topk_idx, wi, wo):
+        for layer in range(layers):
+            recv = wep.ll_dispatch(x, topk_idx[layer], group, quantize=quantize, zero_tail=False)
+            x, _ = jax.lax.optimization_barrier((x, recv.rows))
+        return x
+
+    return world.on_ranks(loop_of_dispatches, donate_argnums=0)
 
 
 def make_chain(world: World, kernels: int) -> Any:
@@ -194,7 +207,7 @@ def main() -> None:
         with open(arguments.json, "a") as file:
             file.write(json.dumps(record) + "\n")
     world.say(
-        f"{'wire':5} {'tokens':>6} {'us a layer':>10} {'us returns':>10} {'us overhead an exchange':>24}"
+        f"{'wire':5} {'tokens':>6} {'us a layer':>10} {'dispatch':>8} {'us returns':>10} {'us overhead a call':>20}"
     )
     settings = {
         "num_experts": arguments.experts,
@@ -211,6 +224,15 @@ def main() -> None:
             done, returned = time_step(
                 world, f"{wire} {tokens}", step, arrays, arguments.repeats, arguments.in_flight
             )
+            alone_done, _ = time_step(
+                world,
+                f"dispatch {wire} {tokens}",
+                make_dispatches(world, group, arguments.layers, "fp8" if wire == "fp8" else None),
+                arrays,
+                arguments.repeats,
+                arguments.in_flight,
+            )
+            us_dispatch = alone_done / arguments.layers * 1e6
             group.check()
             us_layer = done / arguments.layers * 1e6
             alone = kernels.get((wire, tokens))
@@ -218,7 +240,7 @@ def main() -> None:
             commands = commands_of_step(world)
             shown = "" if overhead is None else f"{overhead:.2f}"
             world.say(
-                f"{wire:5} {tokens:6} {us_layer:10.1f} {returned * 1e6:10.1f} {shown:>24}"
+                f"{wire:5} {tokens:6} {us_layer:10.1f} {us_dispatch:8.1f} {returned * 1e6:10.1f} {shown:>20}"
                 + (f"   {commands}" if commands else "")
             )
             if arguments.json and world.process == 0:
@@ -236,6 +258,7 @@ def main() -> None:
                     "experts": arguments.experts,
                     "ffn": arguments.ffn,
                     "layer_us": round(us_layer, 2),
+                    "dispatch_us": round(us_dispatch, 2),
                     "call_returns_us": round(returned * 1e6, 1),
                     "step_us": round(done * 1e6, 1),
                     "overhead_us": None if overhead is None else round(overhead, 2),

@@ -1,0 +1,86 @@
+#!/bin/bash
+# Checks and measures the library on N GPUs of this host, which reach each other's memory. Builds first, unless
+# $BUILD_DIR has the programs and the module _wideep_cuda for this python3. Logs and records go to $OUT, or to
+# $BUILD_DIR/logs: multi.log, the records (*.jsonl) and the plot.
+#
+#   tests/gpu/run_multi.sh N [step ..]
+#
+#   suite      the exchange and the low-latency suite, as one process with N GPUs and as N processes with one each
+#   killed     failures: an index out of range, a late rank, a process that dies
+#   link       benchmarks/peer_copy.cu: what a plain copy between the GPUs reaches
+#   exchange   benchmarks/exchange_gpu.py: each op, N processes, captured; over SMs and routings
+#   latency    benchmarks/low_latency_gpu.py: 1 to 128 tokens, N processes, captured
+#   baselines  python -m jax_wideep.bench exchange beside XLA's collectives over NCCL, one process; once with XLA's
+#              one-shot kernel for ragged_all_to_all and once without
+#   layer      python -m jax_wideep.bench layer, likewise
+#   train      examples/train_lm.py
+#   decode     python -m jax_wideep.bench decode, N processes
+#   overlap    examples/decode_overlap.py, N processes
+#
+# Default: all of them, in this order. CHECKS, LINK, EXCHANGE, LATENCY, BASELINES, LAYER, TRAIN, DECODE, OVERLAP:
+# arguments of the programs, in place of those below. LIMIT: seconds for one step (default 240).
+set -u -o pipefail
+cd "$(dirname "$0")/../.."
+. tests/gpu/steps.sh
+LIMIT=${LIMIT:-240}
+export NCCL_NVLS_ENABLE=0 NVSHMEM_DISABLE_NVLS=1 TORCH_SYMM_MEM_DISABLE_MULTICAST=1
+
+gpus=${1:?how many GPUs}
+shift
+numbers=$(seq --separator=, 0 $((gpus - 1)))
+captured=--xla-flag=--xla_gpu_graph_min_graph_size=1
+sizes="--tokens 4096 --hidden 7168 --top-k 8"
+one_shot=--xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel
+
+launch() {  # name, launch.py's arguments..
+  local name=$1
+  shift
+  step "$LIMIT" "$name" python3 tests/gpu/launch.py --timeout $((LIMIT - 10)) "$@"
+}
+processes() { launch "$1" --devices=each "${@:2}"; }
+one_process() { launch "$1" "--devices=$numbers" "${@:2}"; }
+
+if [ ! -f "$(ls "$BUILD_DIR"/_wideep_cuda*.so 2>/dev/null | head -n 1)" ]; then
+  step 600 build bash -c "cmake -S . -B $BUILD_DIR -DWIDEEP_CUDA=ON -DWIDEEP_TESTS=ON -DPython_EXECUTABLE=$(command -v python3) &&
+    cmake --build $BUILD_DIR -j8 --target peer_copy_benchmark _wideep_cuda" || exit 1
+fi
+cp "$BUILD_DIR"/_wideep_cuda*.so jax_wideep/ || exit 1
+
+run() {
+  case $1 in
+    suite)
+      for suite in exchange low_latency; do
+        one_process suite $captured --xla-flag=--xla_gpu_autotune_level=0 1 tests/gpu/${suite}_suite.py ${CHECKS:-}
+        processes suite $captured --xla-flag=--xla_gpu_autotune_level=0 "$gpus" tests/gpu/${suite}_suite.py ${CHECKS:-}
+      done ;;
+    killed)
+      processes killed --xla-flag=--xla_gpu_enable_command_buffer= "$gpus" tests/gpu/exchange_suite.py \
+        bad_index delayed killed ;;
+    link) step 60 link "$BUILD_DIR/peer_copy_benchmark" "--json=$LOGS/link.jsonl" ${LINK:-} ;;
+    exchange)
+      processes exchange $captured "$gpus" benchmarks/exchange_gpu.py --json "$LOGS/exchange.jsonl" \
+        ${EXCHANGE:-$sizes --sms 16 32 --routing uniform zipf --form chain} ;;
+    latency)
+      processes latency $captured --dump=loop_of "$gpus" benchmarks/low_latency_gpu.py \
+        --json "$LOGS/low_latency.jsonl" ${LATENCY:---tokens 1 8 32 128} ;;
+    baselines)
+      for flag in true false; do
+        one_process "baselines" --xla-flag=$one_shot=$flag 1 jax_wideep.bench exchange --json \
+          "$LOGS/baselines_one_shot_$flag.jsonl" --plot "$LOGS/baselines.png" ${BASELINES:-$sizes --experts 256 --routing uniform --repeats 10}
+      done ;;
+    layer)
+      one_process layer 1 jax_wideep.bench layer --json "$LOGS/layer.jsonl" \
+        ${LAYER:-$sizes --experts 64 --ffn 2048 --routing uniform --repeats 5} ;;
+    train) one_process train 1 examples/train_lm.py ${TRAIN:---help} ;;
+    decode) processes decode "$gpus" jax_wideep.bench decode --json "$LOGS/decode.jsonl" ${DECODE:-} ;;
+    overlap)
+      processes overlap --xla-flag=--xla_allow_excess_precision=false "$gpus" examples/decode_overlap.py \
+        --dtype bfloat16 ${OVERLAP:---tokens 128 --hidden 7168 --ffn 2048 --experts 64 --top-k 8} ;;
+    *) echo "unknown step $1"; exit 2 ;;
+  esac
+}
+
+for name in ${@:-suite killed link exchange latency baselines layer train decode overlap}; do run "$name"; done
+# Few files: all logs in one.
+(cd "$LOGS" && for log in *.log; do [ "$log" = multi.log ] || { echo "==== $log"; cat "$log"; rm "$log"; }; done >>multi.log)
+exit $failed
