@@ -10,12 +10,14 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_wideep import _ffi
 from jax_wideep.group import ExpertGroup
 from jax_wideep.low_latency import Quantize
 from jax_wideep.moe import Activation, Mode, MoEStats, activate, check_activation, inner_size, moe_ffn
+from jax_wideep.placement import Placement, make_placement
 from jax_wideep.plan import Overflow
 from jax_wideep.routing import RouterConfig, load_balance_loss, route, router_logits, z_loss
 
@@ -38,6 +40,7 @@ class LayerConfig:
     capacity_factor: float | None
     overflow: Overflow
     quantize: Quantize
+    redundant_experts: int | None
     batch_axes: tuple[str, ...]
     dtype: Any
     param_dtype: Any
@@ -61,14 +64,18 @@ def make_config(
     capacity_factor: float | None,
     overflow: Overflow,
     quantize: Quantize,
+    redundant_experts: int | None,
     batch_axes: tuple[str, ...] | None,
     dtype: Any,
     param_dtype: Any,
 ) -> LayerConfig:
     """Checks the settings against each other and fills in what was left out."""
     router = router or RouterConfig(num_experts=num_experts, top_k=top_k)
-    for name, ours in (("num_experts", num_experts), ("top_k", top_k)):
-        for other, theirs in (("group", getattr(group, name)), ("router", getattr(router, name))):
+    if redundant_experts is not None and redundant_experts < 0:
+        raise ValueError(f"MoE: redundant_experts: expected None or at least 0, got {redundant_experts}")
+    logical_of_group = group.num_experts - (redundant_experts or 0)
+    for name, ours, of_group in (("num_experts", num_experts, logical_of_group), ("top_k", top_k, group.top_k)):
+        for other, theirs in (("group", of_group), ("router", getattr(router, name))):
             if ours != theirs:
                 raise ValueError(f"MoE: {name}: expected {theirs} as in {other}, got {ours}; make them equal")
     if hidden != group.hidden:
@@ -111,6 +118,7 @@ def make_config(
         capacity_factor=capacity_factor,
         overflow=overflow,
         quantize=quantize,
+        redundant_experts=redundant_experts,
         batch_axes=axes,
         dtype=None if dtype is None else jnp.dtype(dtype),
         param_dtype=jnp.dtype(param_dtype),
@@ -135,18 +143,19 @@ _zeros = jax.nn.initializers.zeros
 
 def param_specs(config: LayerConfig) -> dict[str, ParamSpec]:
     """The layer's parameters by name; "gate.kernel" and "gate.bias" live in the submodule `gate`."""
-    experts, hidden = config.router.num_experts, config.hidden
+    experts, hidden = config.group.num_experts, config.hidden
+    num_logical, expert_init = config.router.num_experts, _copied_to_replicas(config, _expert_init)
     axis = config.group.axis[0] if len(config.group.axis) == 1 else config.group.axis
     inner = inner_size(config.ffn, config.activation)
     dtype = config.param_dtype
     specs = {
         # The router decides in float32, whatever the experts' dtype.
-        "gate.kernel": ParamSpec((hidden, experts), _dense_init, (None, None), jnp.float32),
-        "wi": ParamSpec((experts, hidden, inner), _expert_init, (axis, None, None), dtype),
-        "wo": ParamSpec((experts, config.ffn, hidden), _expert_init, (axis, None, None), dtype),
+        "gate.kernel": ParamSpec((hidden, num_logical), _dense_init, (None, None), jnp.float32),
+        "wi": ParamSpec((experts, hidden, inner), expert_init, (axis, None, None), dtype),
+        "wo": ParamSpec((experts, config.ffn, hidden), expert_init, (axis, None, None), dtype),
     }
     if config.router.use_logit_bias:
-        specs["gate.bias"] = ParamSpec((experts,), _zeros, (None,), jnp.float32)
+        specs["gate.bias"] = ParamSpec((num_logical,), _zeros, (None,), jnp.float32)
     if config.use_bias:
         specs["bi"] = ParamSpec((experts, inner), _zeros, (axis, None), dtype)
         specs["bo"] = ParamSpec((experts, hidden), _zeros, (axis, None), dtype)
@@ -159,6 +168,26 @@ def param_specs(config: LayerConfig) -> dict[str, ParamSpec]:
     return specs
 
 
+def first_placement(config: LayerConfig) -> Placement | None:
+    """Where experts lie in a new layer: in order, and then some of them once more."""
+    if config.redundant_experts is None:
+        return None
+    experts = config.router.num_experts
+    return make_placement(np.arange(config.group.num_experts) % experts, experts)
+
+
+def _copied_to_replicas(config: LayerConfig, init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`init` of logical experts, copied to the physical ones."""
+    placement = first_placement(config)
+    if not config.redundant_experts or placement is None:
+        return init
+
+    def init_physical(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return init(key, (config.router.num_experts, *shape[1:]), dtype)[placement.logical_of_physical]
+
+    return init_physical
+
+
 def apply(
     config: LayerConfig,
     params: dict[str, jax.Array],
@@ -167,6 +196,7 @@ def apply(
     selection_bias: jax.Array | None = None,
     token_mask: jax.Array | None = None,
     jitter_rng: jax.Array | None = None,
+    placement: Placement | None = None,
     return_stats: bool = False,
 ) -> tuple[jax.Array, MoEStats | None]:
     """The layer on a global array, or, where the group's axes are manual already, on one rank's shard.
@@ -178,6 +208,7 @@ def apply(
       selection_bias: [num_experts], see route.
       token_mask: [...] bool; False marks padding, which is routed nowhere and gives zeros.
       jitter_rng: key for the router's input noise; None for none.
+      placement: where experts lie, for a layer with `redundant_experts`.
       return_stats: whether to compute statistics.
 
     Returns:
@@ -194,6 +225,7 @@ def apply(
         name: value
         for name, value in (
             ("selection_bias", selection_bias), ("token_mask", token_mask), ("jitter_rng", jitter_rng),
+            ("placement", placement),
         )
         if value is not None
     }  # fmt: skip
@@ -286,6 +318,7 @@ def _on_one_rank(config, return_stats, params, x, optional):
         bo=params["bo"].astype(dtype) if config.use_bias else None,
         weigh_input=config.weigh_input,
         quantize=config.quantize,
+        placement=optional.get("placement"),
         return_stats=return_stats,
     )
     if config.shared_ffn:
@@ -305,13 +338,15 @@ def _stats_of_all_ranks(config, stats, logits, routing, mask):
     axes = config.batch_axes
     # Every rank of a group holds the group's counts already; sum over the groups side by side.
     others = tuple(name for name in axes if name not in config.group.axis)
-    counts, overflow = _ffi.vary([stats.tokens_per_expert, stats.overflow], axes)
+    overflow, *counts = _ffi.vary([stats.overflow, stats.tokens_per_expert, stats.rows_per_rank], axes)
     counts = jax.lax.pmax(counts, config.group.axis)
+    per_expert, per_rank = jax.lax.psum(counts, others) if others else counts
     return MoEStats(
-        tokens_per_expert=jax.lax.psum(counts, others) if others else counts,
+        tokens_per_expert=per_expert,
         overflow=jax.lax.psum(overflow, axes),
         aux_loss=load_balance_loss(
             routing.scores, routing.topk_idx, config.router.num_experts, axis_name=axes, token_mask=mask
         ),
         z_loss=z_loss(logits, axis_name=axes, token_mask=mask),
+        rows_per_rank=per_rank,
     )

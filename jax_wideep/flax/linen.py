@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +12,10 @@ from jax.sharding import PartitionSpec
 
 from jax_wideep.flax import _layer
 from jax_wideep.group import ExpertGroup
+from jax_wideep.load import update_average
 from jax_wideep.low_latency import Quantize
 from jax_wideep.moe import Activation, Mode, MoEStats
+from jax_wideep.placement import Placement
 from jax_wideep.plan import Overflow
 from jax_wideep.routing import RouterConfig
 
@@ -35,7 +38,9 @@ class MoE(nn.Module):
     """A Mixture-of-Experts feed-forward layer with experts spread over the group's ranks.
 
     The linen form of `jax_wideep.flax.MoE`: same attributes as its arguments, same parameters, same values.
-    A selection bias lives in the collection `router_state` as `selection_bias`.
+    A selection bias lives in the collection `router_state` as `selection_bias`, the arrays of a Placement in
+    `expert_placement`, the average load in `expert_load` as `average`: it moves in every call that may change that
+    collection, as under `apply(..., mutable=["expert_load"])`.
     """
 
     hidden: int
@@ -54,6 +59,8 @@ class MoE(nn.Module):
     capacity_factor: float | None = None
     overflow: Overflow = "drop"
     quantize: Quantize = "fp8"
+    redundant_experts: int | None = None
+    load_decay: float | None = None
     batch_axes: tuple[str, ...] | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -86,6 +93,7 @@ class MoE(nn.Module):
             capacity_factor=self.capacity_factor,
             overflow=self.overflow,
             quantize=self.quantize,
+            redundant_experts=self.redundant_experts,
             batch_axes=self.batch_axes,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -103,6 +111,7 @@ class MoE(nn.Module):
             bias = self.variable(
                 "router_state", "selection_bias", jnp.zeros, (self.num_experts,), jnp.float32
             ).value
+        moves_load = self.load_decay is not None and self.is_mutable_collection("expert_load")
         out, stats = _layer.apply(
             config,
             params,
@@ -110,9 +119,25 @@ class MoE(nn.Module):
             selection_bias=bias,
             token_mask=token_mask,
             jitter_rng=jitter_rng,
-            return_stats=return_stats,
+            placement=self._placement(config),
+            return_stats=return_stats or moves_load,
         )
-        return out if stats is None else (out, stats)
+        if moves_load:
+            average = self.variable("expert_load", "average", jnp.zeros, (self.num_experts,), jnp.float32)
+            if not self.is_initializing():
+                average.value = update_average(average.value, stats.tokens_per_expert, self.load_decay)
+        return (out, stats) if return_stats else out
+
+    def _placement(self, config: _layer.LayerConfig) -> Placement | None:
+        first = _layer.first_placement(config)
+        if first is None:
+            return None
+        names = [field.name for field in dataclasses.fields(first)]
+        arrays = {
+            name: self.variable("expert_placement", name, jnp.asarray, getattr(first, name)).value
+            for name in names
+        }
+        return Placement(**arrays)
 
 
 def _partitioned(spec: _layer.ParamSpec, mesh: jax.sharding.Mesh) -> Any:

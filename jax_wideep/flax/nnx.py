@@ -11,14 +11,47 @@ from flax import nnx
 
 from jax_wideep.flax import _layer
 from jax_wideep.group import ExpertGroup
+from jax_wideep.load import update_average
 from jax_wideep.low_latency import Quantize
 from jax_wideep.moe import Activation, Mode, MoEStats
+from jax_wideep.placement import Placement
 from jax_wideep.plan import Overflow
 from jax_wideep.routing import RouterConfig, update_selection_bias
 
 
 class SelectionBias(nnx.Variable):
     """The router's selection bias: state, not a parameter; no gradient reaches it."""
+
+
+class ExpertPlacement(nnx.Variable):
+    """One array of a layer's placement: state, not a parameter."""
+
+
+class ExpertLoad(nnx.Variable):
+    """The exponential average of selections per expert: state, not a parameter."""
+
+
+class Places(nnx.Module):
+    """A layer's Placement as state; `get` and `set` take and give it whole."""
+
+    def __init__(self, placement: Placement):
+        self.logical_of_physical = ExpertPlacement(jnp.asarray(placement.logical_of_physical))
+        self.replicas = ExpertPlacement(jnp.asarray(placement.replicas))
+        self.physical_of_logical = ExpertPlacement(jnp.asarray(placement.physical_of_logical))
+
+    def get(self) -> Placement:
+        return Placement(self.logical_of_physical[...], self.replicas[...], self.physical_of_logical[...])
+
+    def set(self, placement: Placement) -> None:
+        """Takes another placement of the same sizes. It moves no parameters: see `flax.replace_experts`."""
+        for name in ("logical_of_physical", "replicas", "physical_of_logical"):
+            variable, array = getattr(self, name), jnp.asarray(getattr(placement, name))
+            if array.shape != variable.shape:
+                raise ValueError(
+                    f"Places.set: placement: expected {name} of shape {list(variable.shape)}, got "
+                    f"{list(array.shape)}; make it with the layer's sizes"
+                )
+            variable[...] = array
 
 
 class Gate(nnx.Module):
@@ -66,6 +99,11 @@ class MoE(nnx.Module):
       capacity_factor: the same as a multiple of tokens * top_k per rank, the average load.
       overflow: see make_plan.
       quantize: wire format of low-latency mode.
+      redundant_experts: places beside num_experts for replicas of hot experts; the group then has num_experts +
+        redundant_experts, and so have `wi`, `wo` (and `bi`, `bo`). The placement is the state `places`; see
+        docs/placement.md. None: no placement.
+      load_decay: of the exponential average of selections per expert, the state `load`, which `update_load` moves;
+        None keeps none.
       batch_axes: mesh axes that tokens are spread over; None is all of them.
       dtype: of the computation; None is the input's.
       param_dtype: of the experts' parameters.
@@ -97,6 +135,8 @@ class MoE(nnx.Module):
         capacity_factor: float | None = None,
         overflow: Overflow = "drop",
         quantize: Quantize = "fp8",
+        redundant_experts: int | None = None,
+        load_decay: float | None = None,
         batch_axes: tuple[str, ...] | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -118,6 +158,7 @@ class MoE(nnx.Module):
             capacity_factor=capacity_factor,
             overflow=overflow,
             quantize=quantize,
+            redundant_experts=redundant_experts,
             batch_axes=batch_axes,
             dtype=dtype,
             param_dtype=param_dtype,
@@ -129,6 +170,10 @@ class MoE(nnx.Module):
         bias = None
         if self.config.router.use_selection_bias:
             bias = SelectionBias(jnp.zeros(num_experts, jnp.float32))
+        placement = _layer.first_placement(self.config)
+        self.places = None if placement is None else Places(placement)
+        self.load_decay = load_decay
+        self.load = None if load_decay is None else ExpertLoad(jnp.zeros(num_experts, jnp.float32))
         self.gate = Gate(made.pop("gate.kernel"), made.pop("gate.bias", None), bias)
         for name, param in made.items():
             setattr(self, name, param)
@@ -164,6 +209,7 @@ class MoE(nnx.Module):
             selection_bias=None if bias is None else bias[...],
             token_mask=token_mask,
             jitter_rng=jitter_rng,
+            placement=None if self.places is None else self.places.get(),
             return_stats=return_stats,
         )
         return out if stats is None else (out, stats)
@@ -175,6 +221,12 @@ class MoE(nnx.Module):
             if name.startswith("gate.")
             else getattr(self, name)
         )
+
+    def update_load(self, stats: MoEStats) -> None:
+        """Takes a step's selections into the average `load`; call it once a training step."""
+        if self.load is None or self.load_decay is None:
+            raise ValueError("MoE.update_load: expected a layer with load_decay, got one without")
+        self.load[...] = update_average(self.load[...], stats.tokens_per_expert, self.load_decay)
 
     def update_selection_bias(self, stats: MoEStats, rate: float = 1e-3) -> None:
         """Moves the selection bias towards even load (arXiv:2408.15664); call it once a training step."""
