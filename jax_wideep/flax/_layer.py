@@ -74,7 +74,10 @@ def make_config(
     if redundant_experts is not None and redundant_experts < 0:
         raise ValueError(f"MoE: redundant_experts: expected None or at least 0, got {redundant_experts}")
     logical_of_group = group.num_experts - (redundant_experts or 0)
-    for name, ours, of_group in (("num_experts", num_experts, logical_of_group), ("top_k", top_k, group.top_k)):
+    for name, ours, of_group in (
+        ("num_experts", num_experts, logical_of_group),
+        ("top_k", top_k, group.top_k),
+    ):
         for other, theirs in (("group", of_group), ("router", getattr(router, name))):
             if ours != theirs:
                 raise ValueError(f"MoE: {name}: expected {theirs} as in {other}, got {ours}; make them equal")
