@@ -19,6 +19,7 @@ from jax_wideep.low_latency import (
 from jax_wideep.moe import CHECKPOINT_NAMES, MoEStats, moe_ffn
 from jax_wideep.placement import Placement, compute_placement, make_placement
 from jax_wideep.plan import DispatchPlan, make_plan
+from jax_wideep.replicas import move_experts, replica_weights, sum_replica_gradients
 from jax_wideep.routing import RouterConfig
 
 __all__ = [
@@ -43,7 +44,10 @@ __all__ = [
     "make_placement",
     "make_plan",
     "moe_ffn",
+    "move_experts",
+    "replica_weights",
     "routing",
+    "sum_replica_gradients",
     "use_cpu_devices",
 ]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jax_wideep.flax import _layer
@@ -51,6 +52,11 @@ class Places(nnx.Module):
                     f"Places.set: placement: expected {name} of shape {list(variable.shape)}, got "
                     f"{list(array.shape)}; make it with the layer's sizes"
                 )
+            old = variable[...]
+            if not isinstance(old, jax.core.Tracer) and not isinstance(array, jax.core.Tracer):
+                # Laid out as the one before, or the next compiled step would compile again.
+                host = np.asarray(array)
+                array = jax.make_array_from_callback(host.shape, old.sharding, host.__getitem__)
             variable[...] = array
 
 

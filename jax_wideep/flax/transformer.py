@@ -51,6 +51,8 @@ class TransformerConfig:
       shared_ffn: inner size of the shared expert; 0 for none.
       capacity_factor: rows a rank can receive, as a multiple of the average load; None drops nothing.
       quantize: wire format of decode.
+      redundant_experts: places for replicas of hot experts in every layer, see MoE; None: no placement.
+      load_decay: of the average load that layers keep, see MoE.
       rope_theta: base of the rotary position embedding (arXiv:2104.09864).
       dtype: of the computation.
       param_dtype: of the parameters.
@@ -71,6 +73,8 @@ class TransformerConfig:
     shared_ffn: int = 0
     capacity_factor: float | None = None
     quantize: Quantize = "fp8"
+    redundant_experts: int | None = None
+    load_decay: float | None = None
     rope_theta: float = 10_000.0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -100,7 +104,7 @@ class TransformerConfig:
         return ExpertGroup(
             mesh,
             axis=tuple(mesh.axis_names) if axis is None else axis,
-            num_experts=self.num_experts,
+            num_experts=self.num_experts + (self.redundant_experts or 0),
             top_k=self.top_k,
             hidden=self.hidden,
             **settings,
@@ -179,6 +183,8 @@ class Block(nnx.Module):
             shared_ffn=config.shared_ffn,
             capacity_factor=config.capacity_factor,
             quantize=config.quantize,
+            redundant_experts=config.redundant_experts,
+            load_decay=config.load_decay,
             param_dtype=config.param_dtype,
         )
 
@@ -247,6 +253,11 @@ class Transformer(nnx.Module):
         if not return_stats:
             return logits
         return logits, jax.tree.map(lambda *layers: jnp.stack(layers), *of_layers)
+
+    def update_load(self, stats: MoEStats) -> None:
+        """Takes a step's statistics, [layers, ...], into the layers' average load; see MoE."""
+        for layer, block in enumerate(self.blocks):
+            block.moe.update_load(jax.tree.map(lambda array, layer=layer: array[layer], stats))
 
     def init_cache(self, batch: int, max_len: int) -> Cache:
         """An empty cache for `batch` sequences of up to `max_len` tokens, prompt included."""
