@@ -4,7 +4,7 @@
 // by all its peers. Allocation on the host and pointers on the device both come from ArenaLayout.
 // Who writes and who reads each part:
 //
-//   control        its own rank's kernels; `abort` also by peers
+//   control        its own rank's kernels; `abort` also by peers; `masked` the host
 //   peer_table     the host, once
 //   published      slot [src] by rank src: where its buffers lie in this epoch
 //   done           [src] by rank src: "finished with your buffers in this epoch"
@@ -20,6 +20,9 @@
 // Flags and epochs only ever count up (modulo 2^32), so nothing is cleared between calls and a
 // captured graph replays correctly. In the throughput shape no rank starts an op before all ranks
 // have finished the one before (see exchange_protocol.cuh), so one copy of each part is enough.
+//
+// When ranks are masked or taken back, all that take part stop, clear their own arenas but for the
+// peer table, and begin again with the counts of a new group.
 #pragma once
 
 #include <cstddef>
@@ -96,7 +99,8 @@ struct Control {
   uint32_t ll_received[4];      // the last one received with each buffer of each kind
   uint32_t ll_blocks_begun[4];  // blocks of a current send (receive) half of each kind that have
                                 // begun
-  uint32_t pad[17];
+  uint32_t masked;              // bit r: rank r is left out; changes only while no kernel runs
+  uint32_t pad[16];
   uint32_t abort;  // an AbortWord, or 0; by any rank
   uint32_t pad_to_line[31];
 };
@@ -305,6 +309,8 @@ struct ArenaLayout {
   WIDEEP_HOST_DEVICE int64_t RingIndex(int peer, int channel) const {
     return int64_t{peer} * ring_channels + channel;
   }
+  /// Where the parts after the peer table begin; everything but that table can be cleared.
+  constexpr int64_t after_peer_table() const { return published; }
 };
 
 }  // namespace wideep

@@ -7,6 +7,9 @@
 //                   from each rank, in order of rank. Also the way for buffers that are not mapped.
 //   combine_grad    the expert rank's warps read a token's dout from its home, once, and make dy
 //                   and the dot product of each of its rows. published: dout.
+//
+// A plan may be older than the mask: selections of masked ranks are skipped as if they were
+// dropped, and the gradients of rows whose home is masked are zero.
 #pragma once
 
 #include "csrc/core/launch.cuh"
@@ -41,18 +44,25 @@ struct CombineShared {
 };
 static_assert(sizeof(CombineShared) <= CombineShared::kBuffers);
 
+/// Where a selection's row lies, -1 if it has none or its rank is masked.
+__device__ __forceinline__ int32_t HostOf(const PlanArrays& plan, int64_t selection,
+                                          const Exchange& exchange) {
+  const int32_t dst = plan.dest_rank[selection];
+  return dst >= 0 && !exchange.IsMasked(dst) ? dst : -1;
+}
+
 // ---- pull ----
 
 template <DType kDType, bool kWeighted>
-__device__ void PullSums(const CombineParams& p, char* const* y, float* const* row_scalars,
-                         SumList& list) {
+__device__ void PullSums(const CombineParams& p, const Exchange& exchange, char* const* y,
+                         float* const* row_scalars, SumList& list) {
   const int lane = threadIdx.x % 32;
   const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
   const int64_t num_warps = int64_t{gridDim.x} * kWarpsPerBlock;
   for (int64_t token = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / 32;
        token < p.num_tokens; token += num_warps) {
     const int64_t s = token * p.top_k + lane;
-    const int32_t dst = lane < p.top_k ? p.plan.dest_rank[s] : -1;
+    const int32_t dst = lane < p.top_k ? HostOf(p.plan, s, exchange) : -1;
     const SumOrder order = OrderByRank(dst, p.top_k);
     float scalar = 0;
     if (dst >= 0) {
@@ -211,19 +221,20 @@ __device__ bool ReceiveSums(const CombineParams& p, Exchange& exchange, const Ri
   const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
   const int64_t header_bytes = RingHeaderBytes(p.top_k);
   const bool first_warp = threadIdx.x % kGroupThreads < 32;
+  const bool frees = first_warp && lane < num_ranks && !exchange.IsMasked(lane);
   const TokenRange range = TokensOfChannel(p.num_tokens, channel, role.num_channels);
   RingReceiver ring(exchange, lane < num_ranks ? lane : 0, channel, header_bytes + row_bytes);
 
   for (int64_t token = range.begin; token < range.end; ++token) {
     const int64_t s = token * p.top_k + lane;
-    const int32_t dst = lane < p.top_k ? p.plan.dest_rank[s] : -1;
+    const int32_t dst = lane < p.top_k ? HostOf(p.plan, s, exchange) : -1;
     const uint32_t ranks = __reduce_or_sync(~0u, dst >= 0 ? 1u << dst : 0u);
     if (!kWeighted && first_warp && lane < p.top_k && dst < 0) p.dweights[s] = 0;
     const bool sends = ranks >> lane & 1;
     const bool came = !sends || ring.Wait();
     if (!__all_sync(~0u, came)) return false;
     // One token late: by now its sums are written, and the release need not wait for them.
-    if (first_warp && lane < num_ranks) ring.Free();
+    if (frees) ring.Free();
     if (sends) {
       const RingHeader* slot = ring.Slot();
       list.rows[__popc(ranks & ((1u << lane) - 1))] =
@@ -244,7 +255,7 @@ __device__ bool ReceiveSums(const CombineParams& p, Exchange& exchange, const Ri
     if (sends) ring.Pop(/*frees=*/false);
   }
   // A group without tokens meets no barrier: its other warps may still read the count.
-  if (first_warp && lane < num_ranks && range.begin < range.end) {
+  if (frees && range.begin < range.end) {
     ring.Free();
     ring.Store();
   }
@@ -258,8 +269,20 @@ __device__ bool PushSums(const CombineParams& p, Exchange& exchange, CombineShar
   if (!role.sends) return ReceiveSums<kDType, kWeighted>(p, exchange, role, list);
   const int home = role.Warp() % exchange.num_ranks();
   const int channel = role.Warp() / exchange.num_ranks();
-  if (channel >= role.num_channels) return true;
+  if (channel >= role.num_channels || exchange.IsMasked(home)) return true;
   return SendSums<kDType, kWeighted>(p, exchange, role, home, channel, shared);
+}
+
+/// What a masked rank gets.
+template <bool kWeighted>
+__device__ void ZeroOutputs(const CombineParams& p, int64_t row_bytes) {
+  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t num_threads = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t at = thread * 16; at < p.num_tokens * row_bytes; at += num_threads * 16) {
+    ptx::st_global_v4(p.out + at, make_int4(0, 0, 0, 0));
+  }
+  if (kWeighted) return;
+  for (int64_t s = thread; s < p.num_tokens * p.top_k; s += num_threads) p.dweights[s] = 0;
 }
 
 template <DType kDType, bool kWeighted>
@@ -268,11 +291,14 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   CombineShared& shared = *reinterpret_cast<CombineShared*>(DynamicShared());
   SumList& list = shared.list(threadIdx.x / 32);
   Exchange exchange(p.peers, kWeighted ? ExchangeOp::kCombine : ExchangeOp::kDispatchGrad);
+  if (!exchange.takes_part()) {
+    return ZeroOutputs<kWeighted>(p, p.hidden * static_cast<int64_t>(SizeOf(kDType)));
+  }
   const void* mine[2] = {p.y, p.row_scalars};
   bool all_mapped;
   if (!exchange.Begin(mine, shared.here, shared.flags, all_mapped)) return;
   if (all_mapped && p.form == CombineForm::kPull) {
-    PullSums<kDType, kWeighted>(p, shared.here,
+    PullSums<kDType, kWeighted>(p, exchange, shared.here,
                                 reinterpret_cast<float* const*>(shared.here + kMaxRanks), list);
   } else if (!PushSums<kDType, kWeighted>(p, exchange, shared, list)) {
     return;
@@ -344,14 +370,14 @@ __device__ __forceinline__ void ScaleAndDot(const CombineGradParams& p, const ch
 }
 
 template <DType kDType>
-__device__ void PullDouts(const CombineGradParams& p, char* const* dout) {
+__device__ void PullDouts(const CombineGradParams& p, const Exchange& exchange, char* const* dout) {
   const int lane = threadIdx.x % 32;
   const int num_ranks = p.peers.num_ranks;
   const int warp = blockIdx.x * kWarpsPerBlock + threadIdx.x / 32;
   const int warps_per_source = gridDim.x * kWarpsPerBlock / num_ranks;
   const int src = warp % num_ranks;
   const int stripe = warp / num_ranks;
-  if (stripe >= warps_per_source) return;
+  if (stripe >= warps_per_source || exchange.IsMasked(src)) return;
   const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
   const SourceArrivals arrivals(p.plan, src, p.top_k);
   ForEachToken(arrivals, stripe, warps_per_source,
@@ -384,21 +410,23 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
     CombineGradKernel(const __grid_constant__ CombineGradParams p) {
   CombineShared& shared = *reinterpret_cast<CombineShared*>(DynamicShared());
   Exchange exchange(p.peers, ExchangeOp::kCombineGrad);
+  const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
+  if (!exchange.takes_part()) {
+    return ZeroRows(p.plan, p.zero_tail, p.dy, p.drow_weights, p.capacity, row_bytes);
+  }
   const void* mine[1] = {p.dout};
   bool all_mapped;
   if (!exchange.Begin(mine, shared.here, shared.flags, all_mapped)) return;
   if (all_mapped) {
-    PullDouts<kDType>(p, shared.here);
+    PullDouts<kDType>(p, exchange, shared.here);
   } else {
     const int warp = threadIdx.x / 32;
     BulkPipe pipe(shared.buffer(warp), shared.barriers + warp * CombineShared::kBarriersPerWarp,
                   static_cast<int>(CombineShared::kBytesPerWarp), 1);
     if (!DoutsThroughRings<kDType>(p, exchange, pipe)) return;
   }
-  if (p.zero_tail) {
-    ZeroTail(p.dy, p.drow_weights, *p.plan.num_rows, p.capacity,
-             p.hidden * static_cast<int64_t>(SizeOf(kDType)));
-  }
+  if (p.zero_tail) ZeroTail(p.dy, p.drow_weights, *p.plan.num_rows, p.capacity, row_bytes);
+  ZeroMaskedRows(exchange, p.plan, p.dy, p.drow_weights, row_bytes);
   exchange.Finish(shared.flags);
 }
 

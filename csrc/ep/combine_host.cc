@@ -1,6 +1,7 @@
 #include "csrc/ep/combine_host.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <utility>
 
@@ -73,15 +74,18 @@ void Combine(const CombineShape& shape, std::vector<CombineBuffers> buffers, Wor
   auto ranks = std::make_shared<std::vector<CombineBuffers>>(std::move(buffers));
   const auto task = [=](int64_t index) {
     const CombineBuffers& home = (*ranks)[tasks.rank(index)];
+    if (home.masked) return;
     const auto find = [&](int64_t token, TokenRows& found) {
       int order[kMaxTopK];
       const int64_t first = token * shape.top_k;
-      found.count = OrderedSelections(home.dest_rank + first, shape.top_k, order);
-      for (int i = 0; i < found.count; ++i) {
+      const int count = OrderedSelections(home.dest_rank + first, shape.top_k, order);
+      found.count = 0;
+      for (int i = 0; i < count; ++i) {
         const CombineBuffers& expert = (*ranks)[home.dest_rank[first + order[i]]];
+        if (expert.masked) continue;
         const int64_t row = home.dest_row[first + order[i]];
-        found.rows[i] = static_cast<const char*>(expert.y) + row * row_bytes;
-        found.weights[i] = expert.row_weights[row];
+        found.rows[found.count] = static_cast<const char*>(expert.y) + row * row_bytes;
+        found.weights[found.count++] = expert.row_weights[row];
       }
     };
     SumTokens(shape, /*weighted=*/true, tasks.begin(index), tasks.end(index), home.out, find);
@@ -97,21 +101,34 @@ void DispatchGrad(const CombineShape& shape, std::vector<DispatchGradBuffers> bu
   auto ranks = std::make_shared<std::vector<DispatchGradBuffers>>(std::move(buffers));
   const auto task = [=](int64_t index) {
     const DispatchGradBuffers& home = (*ranks)[tasks.rank(index)];
+    if (home.masked) return;
     const auto find = [&](int64_t token, TokenRows& found) {
       int order[kMaxTopK];
       const int64_t first = token * shape.top_k;
       for (int64_t s = first; s < first + shape.top_k; ++s) home.dweights[s] = 0;
-      found.count = OrderedSelections(home.dest_rank + first, shape.top_k, order);
-      for (int i = 0; i < found.count; ++i) {
+      const int count = OrderedSelections(home.dest_rank + first, shape.top_k, order);
+      found.count = 0;
+      for (int i = 0; i < count; ++i) {
         const int64_t s = first + order[i];
         const DispatchGradBuffers& expert = (*ranks)[home.dest_rank[s]];
-        found.rows[i] = static_cast<const char*>(expert.drows) + home.dest_row[s] * row_bytes;
+        if (expert.masked) continue;
+        found.rows[found.count++] =
+            static_cast<const char*>(expert.drows) + home.dest_row[s] * row_bytes;
         home.dweights[s] = expert.drow_weights[home.dest_row[s]];
       }
     };
     SumTokens(shape, /*weighted=*/false, tasks.begin(index), tasks.end(index), home.dx, find);
   };
   pool.Run(tasks.num_tasks(), task, std::move(done));
+}
+
+void EmptyCombine(const CombineShape& shape, const CombineBuffers& rank) {
+  std::memset(rank.out, 0, shape.num_tokens * shape.hidden * SizeOf(shape.dtype));
+}
+
+void EmptyDispatchGrad(const CombineShape& shape, const DispatchGradBuffers& rank) {
+  std::memset(rank.dx, 0, shape.num_tokens * shape.hidden * SizeOf(shape.dtype));
+  std::fill_n(rank.dweights, shape.num_tokens * shape.top_k, 0.0f);
 }
 
 }  // namespace wideep

@@ -33,10 +33,12 @@ struct CombineBuffers {
   const int32_t* dest_rank;  // in  [num_tokens, top_k]
   const int32_t* dest_row;   // in  [num_tokens, top_k]
   void* out;                 // out [num_tokens, hidden]
+  bool masked = false;       // the rank is left out: its arrays are not touched
 };
 
 /// out[token] = sum of row_weights * y over the token's rows, in float32, in order of (rank, k),
-/// rounded once. Runs on the pool and calls `done` when all ranks' outputs are complete.
+/// rounded once. Runs on the pool and calls `done` when all ranks' outputs are complete. Selections
+/// of masked ranks are skipped; there are none unless the plan is older than the mask.
 void Combine(const CombineShape& shape, std::vector<CombineBuffers> ranks, WorkerPool& pool,
              std::function<void()> done);
 
@@ -47,11 +49,16 @@ struct DispatchGradBuffers {
   const int32_t* dest_row;    // in  [num_tokens, top_k]
   void* dx;                   // out [num_tokens, hidden]
   float* dweights;            // out [num_tokens, top_k]; 0 where masked or dropped
+  bool masked = false;        // as above
 };
 
 /// dx[token] = sum of drows over the token's rows; dweights[token, k] = drow_weights of its row.
 void DispatchGrad(const CombineShape& shape, std::vector<DispatchGradBuffers> ranks,
                   WorkerPool& pool, std::function<void()> done);
+
+/// What a rank that is masked gets from either: zeros.
+void EmptyCombine(const CombineShape& shape, const CombineBuffers& rank);
+void EmptyDispatchGrad(const CombineShape& shape, const DispatchGradBuffers& rank);
 
 /// The selections of one token that have a row, in order of (rank, k): the order of every float sum
 /// over them. Writes indices into the token's top_k selections and returns how many.

@@ -6,6 +6,9 @@
 //          published: x, weights.
 //   rings  where a published buffer is not mapped: see ring.cuh.
 //
+// A plan may be older than the mask: its selections of masked ranks are skipped, and rows that a
+// masked rank would have sent are zero.
+//
 // Nobody waits for single rows: Finish orders everything (exchange_protocol.cuh).
 #pragma once
 
@@ -35,8 +38,8 @@ struct DispatchShared {
 static_assert(sizeof(DispatchShared) <= DispatchShared::kBuffers);
 
 /// Each token of this rank: its row into shared memory, and from there to all its places.
-__device__ inline void PushRows(const DispatchParams& p, char* const* rows,
-                                float* const* row_weights, BulkPipe& pipe) {
+__device__ inline void PushRows(const DispatchParams& p, const Exchange& exchange,
+                                char* const* rows, float* const* row_weights, BulkPipe& pipe) {
   const int lane = threadIdx.x % 32;
   const int64_t warp = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / 32;
   const int64_t num_warps = int64_t{gridDim.x} * kWarpsPerBlock;
@@ -64,7 +67,7 @@ __device__ inline void PushRows(const DispatchParams& p, char* const* rows,
     if (lane < p.top_k) {
       const int64_t s = token * p.top_k + lane;
       const int32_t dst = p.plan.dest_rank[s];
-      if (dst >= 0) {
+      if (dst >= 0 && !exchange.IsMasked(dst)) {
         const int64_t row = p.plan.dest_row[s];
         to = rows[dst] + row * p.row_bytes;
         row_weights[dst][row] = p.weights[s];
@@ -80,15 +83,15 @@ __device__ inline void PushRows(const DispatchParams& p, char* const* rows,
 }
 
 /// Each token that has rows here: its row from its home into shared memory, and to all of them.
-__device__ inline void PullRows(const DispatchParams& p, const char* const* x,
-                                const float* const* weights, BulkPipe& pipe) {
+__device__ inline void PullRows(const DispatchParams& p, const Exchange& exchange,
+                                const char* const* x, const float* const* weights, BulkPipe& pipe) {
   const int lane = threadIdx.x % 32;
   const int num_ranks = p.peers.num_ranks;
   const int warp = blockIdx.x * kWarpsPerBlock + threadIdx.x / 32;
   const int warps_per_source = gridDim.x * kWarpsPerBlock / num_ranks;
   const int src = warp % num_ranks;
   const int stripe = warp / num_ranks;
-  if (stripe >= warps_per_source) return;
+  if (stripe >= warps_per_source || exchange.IsMasked(src)) return;
   const auto pieces = static_cast<int>((p.row_bytes + p.piece_bytes - 1) / p.piece_bytes);
   const int32_t first_source = static_cast<int32_t>(src * p.num_tokens * p.top_k);
 
@@ -151,6 +154,9 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
     DispatchKernel(const __grid_constant__ DispatchParams p) {
   DispatchShared& shared = *reinterpret_cast<DispatchShared*>(DynamicShared());
   Exchange exchange(p.peers, ExchangeOp::kDispatch);
+  if (!exchange.takes_part()) {
+    return ZeroRows(p.plan, p.zero_tail, p.rows, p.row_weights, p.capacity, p.row_bytes);
+  }
   const bool push = p.form == DispatchForm::kPush;
   const void* mine[2] = {push ? static_cast<const void*>(p.rows) : p.x,
                          push ? static_cast<const void*>(p.row_weights) : p.weights};
@@ -163,10 +169,11 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   if (all_mapped) {
     BulkPipe pipe(buffers, barriers, p.piece_bytes, p.num_stages);
     if (push) {
-      PushRows(p, shared.here, reinterpret_cast<float* const*>(shared.here + kMaxRanks), pipe);
-    } else {
-      PullRows(p, shared.here, reinterpret_cast<const float* const*>(shared.here + kMaxRanks),
+      PushRows(p, exchange, shared.here, reinterpret_cast<float* const*>(shared.here + kMaxRanks),
                pipe);
+    } else {
+      PullRows(p, exchange, shared.here,
+               reinterpret_cast<const float* const*>(shared.here + kMaxRanks), pipe);
     }
   } else {
     BulkPipe pipe(buffers, barriers, p.num_stages * p.piece_bytes, 1);
@@ -175,6 +182,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   if (p.zero_tail) {
     ZeroTail(p.rows, p.row_weights, *p.plan.num_rows, p.capacity, p.row_bytes);
   }
+  ZeroMaskedRows(exchange, p.plan, p.rows, p.row_weights, p.row_bytes);
   exchange.Finish(shared.flags);
 }
 

@@ -35,10 +35,12 @@ struct DispatchBuffers {
   const int32_t* num_rows;   // in  []
   void* rows;                // out [capacity, hidden]
   float* row_weights;        // out [capacity]
+  bool masked = false;       // the rank is left out: its arrays are not touched
 };
 
 /// rows[dest_rank][dest_row] = x[token], row_weights likewise from weights[token, k]. Runs on the
-/// pool and calls `done` when all ranks' outputs are complete.
+/// pool and calls `done` when all ranks' outputs are complete. Where the plan is older than a mask,
+/// selections of masked ranks are skipped and rows that they would have sent are zero.
 void Dispatch(const DispatchShape& shape, std::vector<DispatchBuffers> ranks, WorkerPool& pool,
               std::function<void()> done);
 
@@ -51,10 +53,16 @@ struct CombineGradBuffers {
   const int32_t* num_rows;   // in  []
   void* dy;                  // out [capacity, hidden]
   float* drow_weights;       // out [capacity]
+  bool masked = false;       // as above
 };
 
-/// dy[row] = row_weights[row] * dout[token] and drow_weights[row] = <y[row], dout[token]>.
+/// dy[row] = row_weights[row] * dout[token] and drow_weights[row] = <y[row], dout[token]>; zero
+/// where a masked rank would have sent dout.
 void CombineGrad(const DispatchShape& shape, std::vector<CombineGradBuffers> ranks,
                  WorkerPool& pool, std::function<void()> done);
+
+/// What a rank that is masked gets from either: zeros, past num_rows too under zero_tail.
+void EmptyDispatch(const DispatchShape& shape, const DispatchBuffers& rank);
+void EmptyCombineGrad(const DispatchShape& shape, const CombineGradBuffers& rank);
 
 }  // namespace wideep

@@ -11,6 +11,10 @@
 // wrote; acquire by the readers. done: every thread's writes, then the block barrier, then an
 // acquire-release count of blocks, then the last block's release at system scope; acquire by the
 // peers. Bulk copies are completed (wait_group) and fenced (fence.proxy.async) before the barrier.
+//
+// Masked ranks. Nobody waits for a rank that is masked (Control::masked, the same on all ranks that
+// take part), and nobody reads or writes its memory. A masked rank that launches a kernel all the
+// same writes empty outputs and ends, without Begin or Finish.
 #pragma once
 
 #include "csrc/core/error_record.h"
@@ -33,11 +37,16 @@ class Exchange {
       : peers_(peers),
         control_(reinterpret_cast<Control*>(peers.arena + ArenaLayout::kControl)),
         table_(reinterpret_cast<const PeerTable*>(peers.arena + peers.layout.peer_table)),
+        masked_(control_->masked),
         epoch_(epoch),
         op_(op) {}
 
   __device__ int rank() const { return peers_.rank; }
   __device__ int num_ranks() const { return peers_.num_ranks; }
+  __device__ bool IsMasked(int rank) const { return (masked_ >> rank & 1) != 0; }
+  __device__ bool any_masked() const { return masked_ != 0; }
+  /// Whether this rank is not masked; otherwise it only writes empty outputs.
+  __device__ bool takes_part() const { return !IsMasked(rank()); }
   __device__ uint32_t epoch() const { return epoch_; }
   __device__ const ArenaLayout& layout() const { return peers_.layout; }
   __device__ char* arena(int rank) const { return table_->arena[rank]; }
@@ -68,7 +77,8 @@ class Exchange {
   /// Whether a rank gave up; leaves this rank's own record of it.
   __device__ bool Aborted() {
     const uint32_t word = ptx::ld_relaxed_sys_u32(&control_->abort);
-    if (word == 0) return false;
+    // A masked rank that was late for its mask does not stop the others.
+    if (word == 0 || IsMasked(AbortWord::Reporter(word))) return false;
     if (ptx::atom_cas_acq_rel_gpu_u32(&control_->failed, 0, 1) == 0) {
       WriteRecord(AbortWord::FailureOf(word), AbortWord::Op(word), AbortWord::PhaseOf(word),
                   AbortWord::Reporter(word), AbortWord::Peer(word), 0, 0);
@@ -83,12 +93,13 @@ class Exchange {
                 static_cast<uint32_t>(phase), rank(), peer, expected, got);
     const uint32_t word = AbortWord::Pack(failure, rank(), peer, op_, phase);
     for (int r = 0; r < num_ranks(); ++r) {
+      if (IsMasked(r)) continue;
       ptx::st_release_sys_u32(&In<Control>(r, ArenaLayout::kControl)->abort, word);
     }
   }
 
-  /// Publishes `mine` and reads the peers' into here[buffer * kMaxRanks + rank], in shared memory.
-  /// All threads of the block. Returns false if a rank gave up.
+  /// Publishes `mine` and reads the peers' into here[buffer * kMaxRanks + rank], in shared memory;
+  /// not those of masked ranks. All threads of the block. Returns false if a rank gave up.
   /// `all_mapped` is the same on every rank: whether every rank's buffers can be reached.
   template <int kBuffers>
   __device__ bool Begin(const void* const (&mine)[kBuffers], char** here, uint32_t* flags,
@@ -135,6 +146,7 @@ class Exchange {
   const PeerContext& peers_;
   Control* control_;
   const PeerTable* table_;
+  const uint32_t masked_;
   uint32_t epoch_;
   ExchangeOp op_;
 };
@@ -156,7 +168,7 @@ __device__ bool Exchange::Begin(const void* const (&mine)[kBuffers], char** here
   const int slot = threadIdx.x;  // one thread for each peer's buffer
   const int peer = slot / kBuffers;
   const int buffer = slot % kBuffers;
-  if (peer < num_ranks() && flags[0] == 0) {
+  if (peer < num_ranks() && !IsMasked(peer) && flags[0] == 0) {
     uint64_t word = PublishedWordOf(mine[buffer]);
     if (blockIdx.x == 0 && peer != rank()) {
       auto* published = In<uint64_t>(peer, layout().published);
@@ -229,7 +241,7 @@ __device__ inline void Exchange::Finish(uint32_t* flags) {
   if (flags[0] == 0) return;
 
   const int peer = threadIdx.x;
-  if (peer < num_ranks() && peer != rank()) {
+  if (peer < num_ranks() && peer != rank() && !IsMasked(peer)) {
     // Release: everything this rank wrote to, and read from, the peer's buffers comes before.
     ptx::st_release_sys_u32(&In<uint32_t>(peer, layout().done)[rank()], epoch_);
     const auto* done = reinterpret_cast<const uint32_t*>(arena() + layout().done);

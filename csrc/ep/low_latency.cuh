@@ -52,6 +52,10 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
   auto& shared = *reinterpret_cast<LowLatencyDispatchShared*>(DynamicShared());
   LowLatencyCall call(p.peers, ExchangeOp::kLowLatencyDispatch, LowLatencyKind::kDispatch, p.part,
                       p.ticket, shared.base);
+  if (!call.TakesPart()) {
+    if (call.receives()) ReceiveNothing(p, call.num_ranks());
+    return;
+  }
   call.Begin();
   if (call.sends()) {
     const LowLatencySource source{p.tokens, p.tuning.pieces, p.x, p.topk_idx, nullptr};
@@ -71,10 +75,14 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
   auto& shared = *reinterpret_cast<LowLatencyCombineShared*>(DynamicShared());
   LowLatencyCall call(p.peers, ExchangeOp::kLowLatencyCombine, LowLatencyKind::kCombine, p.part,
                       p.ticket, shared.base);
+  const int64_t row_bytes = p.tokens.hidden * static_cast<int64_t>(SizeOf(kDType));
+  if (!call.TakesPart()) {
+    if (call.receives()) ZeroOutputs(p, row_bytes);
+    return;
+  }
   call.Begin();
   if (call.sends()) {
-    SendOutputs(p, p.tokens.hidden * static_cast<int64_t>(SizeOf(kDType)), call,
-                shared.packed_rows());
+    SendOutputs(p, row_bytes, call, shared.packed_rows());
   } else {
     call.Meet();
   }
@@ -88,6 +96,10 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
   auto& shared = *reinterpret_cast<LowLatencyDispatchShared*>(DynamicShared());
   LowLatencyCall call(p.peers, ExchangeOp::kLowLatencyCombineGrad, LowLatencyKind::kDispatch,
                       LowLatencyPart::kBoth, nullptr, shared.base);
+  if (!call.TakesPart()) {
+    const int64_t row_bytes = p.tokens.hidden * static_cast<int64_t>(SizeOf(kDType));
+    return ZeroGradients(p, row_bytes, call.num_ranks());
+  }
   call.Begin();
   const LowLatencySource source{p.tokens, p.tuning.pieces, p.dout, p.topk_idx, p.topk_weights};
   SendTokens<kDType, /*kQuantize=*/false>(source, call, shared.experts(),

@@ -86,6 +86,7 @@ __device__ inline void SendOutputs(const LowLatencyCombineParams& p, int64_t row
       return false;
     }
     const int home = source / selections;
+    if (call.IsMasked(home)) return true;
     const int64_t selection = source % selections;
     char* const to = call.In<char>(home, layout.home_rows) + selection * layout.row_stride;
     for (int at = range.begin + lane; at < range.end; at += 32 * kInFlight) {
@@ -106,6 +107,15 @@ __device__ inline void SendOutputs(const LowLatencyCombineParams& p, int64_t row
   });
 }
 
+/// What a masked rank gets.
+__device__ inline void ZeroOutputs(const LowLatencyCombineParams& p, int64_t row_bytes) {
+  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  for (int64_t at = thread * 16; at < p.tokens.num_tokens * row_bytes;
+       at += int64_t{gridDim.x} * blockDim.x * 16) {
+    ptx::st_global_v4(p.out + at, make_int4(0, 0, 0, 0));
+  }
+}
+
 /// The home's end; all threads of the block, after a meeting.
 template <DType kDType>
 __device__ void ReceiveOutputs(const LowLatencyCombineParams& p, LowLatencyCall& call,
@@ -123,7 +133,8 @@ __device__ void ReceiveOutputs(const LowLatencyCombineParams& p, LowLatencyCall&
     const int piece = item % pieces;
     const int64_t selection = token * t.top_k + lane;
     const int32_t expert = lane < t.top_k ? p.topk_idx[selection] : -1;
-    const int32_t dst = expert >= 0 ? expert / local_experts : -1;
+    const int32_t host = expert >= 0 ? expert / local_experts : -1;
+    const int32_t dst = host >= 0 && !call.IsMasked(host) ? host : -1;
     const float weight = lane < t.top_k ? p.topk_weights[selection] : 0.0f;
     const SumOrder order = OrderByRank(dst, t.top_k);
     bool came = true;

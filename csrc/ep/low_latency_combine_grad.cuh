@@ -60,6 +60,23 @@ __device__ void ReceiveDouts(const LowLatencyCombineGradParams& p, LowLatencyCal
   });
 }
 
+/// What a masked rank gets: the rows that it holds and its weights have no gradient.
+__device__ inline void ZeroGradients(const LowLatencyCombineGradParams& p, int64_t row_bytes,
+                                     int num_ranks) {
+  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t num_threads = int64_t{gridDim.x} * blockDim.x;
+  const int64_t expert_bytes = num_ranks * p.peers.layout.low_latency.chunk * row_bytes;
+  for (int e = 0; e < p.tokens.num_experts / num_ranks; ++e) {
+    // The launcher clears the rest.
+    const int64_t bytes = min(max(int64_t{p.counts[e]}, int64_t{0}) * row_bytes, expert_bytes);
+    for (int64_t at = thread * 16; at < bytes; at += num_threads * 16) {
+      ptx::st_global_v4(p.dy + e * expert_bytes + at, make_int4(0, 0, 0, 0));
+    }
+  }
+  const int64_t selections = p.tokens.num_tokens * p.tokens.top_k;
+  for (int64_t s = thread; s < selections; s += num_threads) p.dtopk_weights[s] = 0;
+}
+
 /// The home's end: a thread for each selection.
 __device__ inline void ReceiveDots(const LowLatencyCombineGradParams& p, LowLatencyCall& call) {
   const LowLatencyTokens& t = p.tokens;
@@ -69,8 +86,9 @@ __device__ inline void ReceiveDots(const LowLatencyCombineGradParams& p, LowLate
   for (int32_t s = threadIdx.x * gridDim.x + blockIdx.x; s < selections;
        s += gridDim.x * blockDim.x) {
     const int32_t expert = p.topk_idx[s];
+    const bool has_row = expert >= 0 && !call.IsMasked(expert / local_experts);
     float sum = 0;
-    for (int piece = 0; expert >= 0 && piece < p.tuning.pieces; ++piece) {
+    for (int piece = 0; has_row && piece < p.tuning.pieces; ++piece) {
       uint64_t word = 0;
       const bool came = call.exchange().Wait(
           [&] {

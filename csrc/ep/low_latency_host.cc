@@ -33,6 +33,7 @@ Status PlaceRows(const LowLatencyShape& shape, const std::vector<LowLatencyDispa
   placed.row.assign(shape.num_ranks * selections, -1);
   std::vector<int32_t> counts(shape.num_experts, 0);
   for (int64_t s = 0; s < shape.num_ranks * selections; ++s) {
+    if (ranks[s / selections].masked) continue;
     const int32_t* idx = ranks[s / selections].topk_idx + s % selections;
     const int32_t expert = *idx;
     if (expert < -1 || expert >= shape.num_experts) {
@@ -49,6 +50,7 @@ Status PlaceRows(const LowLatencyShape& shape, const std::vector<LowLatencyDispa
                                 ". Mask one of them with -1, or use make_plan and dispatch");
     }
     const int dst = expert / local_experts;
+    if (ranks[dst].masked) continue;
     placed.rank[s] = dst;
     placed.row[s] =
         static_cast<int32_t>(expert % local_experts * shape.rows_per_expert() + counts[expert]++);
@@ -56,6 +58,7 @@ Status PlaceRows(const LowLatencyShape& shape, const std::vector<LowLatencyDispa
   }
   for (int expert = 0; expert < shape.num_experts; ++expert) {
     const LowLatencyDispatchBuffers& rank = ranks[expert / local_experts];
+    if (rank.masked) continue;
     const int e = expert % local_experts;
     rank.counts[e] = counts[expert];
     int32_t* sources = rank.row_source + e * shape.rows_per_expert();
@@ -76,7 +79,7 @@ Status FindRows(const LowLatencyShape& shape, const std::vector<LowLatencyCombin
   placed.rank.assign(selections, -1);
   placed.row.assign(selections, -1);
   for (int rank = 0; rank < shape.num_ranks; ++rank) {
-    for (int e = 0; e < shape.local_experts(); ++e) {
+    for (int e = 0; e < shape.local_experts() && !ranks[rank].masked; ++e) {
       const int64_t first = e * shape.rows_per_expert();
       const int64_t count = ranks[rank].counts[e];
       if (count < 0 || count > shape.rows_per_expert()) {
@@ -93,6 +96,20 @@ Status FindRows(const LowLatencyShape& shape, const std::vector<LowLatencyCombin
     }
   }
   return Status();
+}
+
+// The rows of each expert past its count.
+void ZeroTails(const LowLatencyShape& shape, const LowLatencyDispatchBuffers& rank) {
+  if (rank.masked) return;
+  const int64_t row_bytes = shape.hidden * static_cast<int64_t>(SizeOf(shape.dtype));
+  const int64_t blocks = shape.hidden / kQuantBlock;
+  for (int e = 0; e < shape.local_experts(); ++e) {
+    const int64_t first = e * shape.rows_per_expert() + rank.counts[e];
+    const int64_t tail = shape.rows_per_expert() - rank.counts[e];
+    std::memset(static_cast<char*>(rank.rows) + first * row_bytes, 0, tail * row_bytes);
+    if (rank.row_scales)
+      std::memset(rank.row_scales + first * blocks, 0, tail * blocks * sizeof(float));
+  }
 }
 
 }  // namespace
@@ -112,19 +129,11 @@ void LowLatencyDispatch(const LowLatencyShape& shape,
   auto ranks = std::make_shared<std::vector<LowLatencyDispatchBuffers>>(std::move(buffers));
   const RowKernels& kernels = SelectRowKernels();
 
-  const auto zero_tails = [=](const LowLatencyDispatchBuffers& rank) {
-    for (int e = 0; e < shape.local_experts(); ++e) {
-      const int64_t first = e * shape.rows_per_expert() + rank.counts[e];
-      const int64_t tail = shape.rows_per_expert() - rank.counts[e];
-      std::memset(static_cast<char*>(rank.rows) + first * row_bytes, 0, tail * row_bytes);
-      if (rank.row_scales)
-        std::memset(rank.row_scales + first * blocks, 0, tail * blocks * sizeof(float));
-    }
-  };
   const auto task = [=, &kernels](int64_t index) {
-    if (index >= tasks.num_tasks()) return zero_tails((*ranks)[index - tasks.num_tasks()]);
+    if (index >= tasks.num_tasks()) return ZeroTails(shape, (*ranks)[index - tasks.num_tasks()]);
     const int src = tasks.rank(index);
     const LowLatencyDispatchBuffers& home = (*ranks)[src];
+    if (home.masked) return;
     for (int64_t token = tasks.begin(index); token < tasks.end(index); ++token) {
       const auto* sent = static_cast<const uint8_t*>(home.payload) + token * wire_bytes;
       const float* scales = shape.quantized ? home.scales + token * blocks : nullptr;
@@ -160,6 +169,7 @@ void LowLatencyCombine(const LowLatencyShape& shape, std::vector<LowLatencyCombi
   const auto task = [=, &kernels](int64_t index) {
     const int rank = tasks.rank(index);
     const LowLatencyCombineBuffers& home = (*ranks)[rank];
+    if (home.masked) return;
     const void* rows[kMaxTopK];
     float weights[kMaxTopK];
     int order[kMaxTopK];
@@ -192,6 +202,7 @@ void LowLatencyCombineGrad(const LowLatencyShape& shape,
   const auto task = [=, &kernels](int64_t index) {
     if (index >= tasks.num_tasks()) {
       const LowLatencyCombineBuffers& rank = (*ranks)[index - tasks.num_tasks()];
+      if (rank.masked) return;
       for (int e = 0; e < shape.local_experts(); ++e) {
         const int64_t first = e * shape.rows_per_expert() + rank.counts[e];
         std::memset(static_cast<char*>(rank.dy) + first * row_bytes, 0,
@@ -201,6 +212,7 @@ void LowLatencyCombineGrad(const LowLatencyShape& shape,
     }
     const int rank = tasks.rank(index);
     const LowLatencyCombineBuffers& home = (*ranks)[rank];
+    if (home.masked) return;
     for (int64_t token = tasks.begin(index); token < tasks.end(index); ++token) {
       const char* dout = static_cast<const char*>(home.dout) + token * row_bytes;
       for (int64_t k = token * shape.top_k; k < (token + 1) * shape.top_k; ++k) {
@@ -217,6 +229,24 @@ void LowLatencyCombineGrad(const LowLatencyShape& shape,
   };
   pool.Run(tasks.num_tasks() + (shape.zero_tail ? shape.num_ranks : 0), task,
            [done = std::move(done)] { done(Status()); });
+}
+
+void EmptyLowLatencyDispatch(const LowLatencyShape& shape, const LowLatencyDispatchBuffers& rank) {
+  std::fill_n(rank.counts, shape.local_experts(), 0);
+  std::fill_n(rank.row_source, shape.local_experts() * shape.rows_per_expert(), -1);
+  if (shape.zero_tail) ZeroTails(shape, rank);
+}
+
+void EmptyLowLatencyCombine(const LowLatencyShape& shape, const LowLatencyCombineBuffers& rank) {
+  std::memset(rank.out, 0, shape.num_tokens * shape.hidden * SizeOf(shape.dtype));
+}
+
+void EmptyLowLatencyCombineGrad(const LowLatencyShape& shape,
+                                const LowLatencyCombineBuffers& rank) {
+  const int64_t expert_bytes =
+      shape.rows_per_expert() * shape.hidden * static_cast<int64_t>(SizeOf(shape.dtype));
+  std::memset(rank.dy, 0, shape.local_experts() * expert_bytes);
+  std::fill_n(rank.dtopk_weights, shape.num_tokens * shape.top_k, 0.0f);
 }
 
 }  // namespace wideep

@@ -46,10 +46,12 @@ struct LowLatencyDispatchBuffers {
   int32_t* counts;  // out [local_experts]
   int32_t* row_source;  // out [local_experts, rows_per_expert];
                         //     (source rank * num_tokens + token) * top_k + k, or -1 past the count
+  bool masked = false;  // the rank is left out: its arrays are not touched
 };
 
-/// Rows of an expert are in order of source rank, token, k. Fails on an index outside [-1,
-/// num_experts) and on a token that selects an expert twice (its region has one slot per token).
+/// Rows of an expert are in order of source rank, token, k. Selections of a masked rank's experts
+/// are dropped. Fails on an index outside [-1, num_experts) and on a token that selects an expert
+/// twice (its region has one slot per token).
 void LowLatencyDispatch(const LowLatencyShape& shape, std::vector<LowLatencyDispatchBuffers> ranks,
                         WorkerPool& pool, StatusCallback done);
 
@@ -63,6 +65,7 @@ struct LowLatencyCombineBuffers {
   void* out;                  // out [num_tokens, hidden]; forward only
   void* dy;                   // out as y; backward only
   float* dtopk_weights;       // out as topk_weights; backward only
+  bool masked = false;        // as above
 };
 
 /// out[token] = sum of topk_weights * y over the token's rows, in float32, in order of (rank, k).
@@ -73,5 +76,10 @@ void LowLatencyCombine(const LowLatencyShape& shape, std::vector<LowLatencyCombi
 void LowLatencyCombineGrad(const LowLatencyShape& shape,
                            std::vector<LowLatencyCombineBuffers> ranks, WorkerPool& pool,
                            StatusCallback done);
+
+/// What a rank that is masked gets: no rows, zeros.
+void EmptyLowLatencyDispatch(const LowLatencyShape& shape, const LowLatencyDispatchBuffers& rank);
+void EmptyLowLatencyCombine(const LowLatencyShape& shape, const LowLatencyCombineBuffers& rank);
+void EmptyLowLatencyCombineGrad(const LowLatencyShape& shape, const LowLatencyCombineBuffers& rank);
 
 }  // namespace wideep

@@ -27,6 +27,10 @@
 // received, began by saying so. Ops of the throughput shape and of the other kind use other memory
 // and may come in between.
 //
+// Masked ranks (exchange_protocol.cuh): nothing is sent to them, nobody waits for them, and their
+// counts are taken to be zero. What is received belongs to the mask that it was dispatched under:
+// a combine or gradient under another mask waits in vain, or finds other rows.
+//
 // The epoch is counted up by the last block that comes to CountCall, at a place where its last warp
 // has time: all threads of all blocks have read it by then.
 #pragma once
@@ -75,6 +79,13 @@ class LowLatencyCall {
   __device__ uint32_t epoch() const { return epoch_; }
   __device__ int rank() const { return exchange_.rank(); }
   __device__ int num_ranks() const { return exchange_.num_ranks(); }
+  __device__ bool IsMasked(int rank) const { return exchange_.IsMasked(rank); }
+  /// Whether this rank is not masked. Otherwise its calls are not numbered: a ticket is any number.
+  __device__ bool TakesPart() const {
+    if (exchange_.takes_part()) return true;
+    if (sends() && ticket_ != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *ticket_ = 0;
+    return false;
+  }
   __device__ bool sends() const { return part_ != LowLatencyPart::kReceive; }
   __device__ bool receives() const { return part_ != LowLatencyPart::kSend; }
 
@@ -89,7 +100,7 @@ class LowLatencyCall {
   /// waits for another one.
   __device__ void Begin() {
     const int peer = threadIdx.x % 32;
-    const bool is_rank = peer < num_ranks();
+    const bool is_rank = peer < num_ranks() && !IsMasked(peer);
     if (threadIdx.x / 32 == 0) {
       bool ok = true;
       if (is_rank) {

@@ -127,6 +127,8 @@ class ArrivalTable {
   /// counts[i] is from rank i % num_ranks. `first` is this thread's first one.
   __device__ void WaitForCounts(const uint64_t* words, int num_words, int32_t* counts, int first) {
     for (int i = first; i < num_words; i += blockDim.x) {
+      counts[i] = 0;
+      if (call_.IsMasked(i % num_ranks_)) continue;
       uint64_t word = 0;
       const bool came = call_.exchange().Wait(
           [&] {
@@ -246,6 +248,16 @@ __device__ __forceinline__ void DequantizePiece(const Arrival& arrival, char* ro
 
 /// How rows travel and arrive.
 enum class Wire { kPlain, kFp8, kFp8Dequantized };
+
+/// What a masked rank receives.
+__device__ inline void ReceiveNothing(const LowLatencyDispatchParams& p, int64_t num_ranks) {
+  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t num_threads = int64_t{gridDim.x} * blockDim.x;
+  const int64_t local_experts = p.tokens.num_experts / num_ranks;
+  const int64_t num_rows = p.tokens.num_experts * p.peers.layout.low_latency.chunk;
+  for (int64_t e = thread; e < local_experts; e += num_threads) p.counts[e] = 0;
+  for (int64_t row = thread; row < num_rows; row += num_threads) p.row_source[row] = -1;
+}
 
 /// The receiving half; all threads of the block, after a meeting.
 template <DType kDType, Wire kWire>

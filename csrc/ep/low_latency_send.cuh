@@ -175,6 +175,7 @@ __device__ void SendTokens(const LowLatencySource& source, LowLatencyCall& call,
       call.GiveUp();
       expert = -1;
     }
+    if (expert >= 0 && call.IsMasked(expert / local_experts)) expert = -1;
     experts[s] = expert;
     if (expert >= 0 && bits.Add(expert, expert / local_experts, s / t.top_k)) {
       call.exchange().Fail(Failure::kRepeatedExpert, Phase::kNone, call.rank(), s, expert);
@@ -188,12 +189,14 @@ __device__ void SendTokens(const LowLatencySource& source, LowLatencyCall& call,
   const int num_threads = static_cast<int>(gridDim.x * blockDim.x);
   for (int expert = thread; expert < t.num_experts; expert += num_threads) {
     const int dst = expert / local_experts;
+    if (call.IsMasked(dst)) continue;
     auto* counts = call.In<uint64_t>(dst, layout.expert_counts);
     ptx::st_relaxed_sys_u64(&counts[expert % local_experts * num_ranks + call.rank()],
                             CountWord::Pack(call.epoch(), bits.Count(expert)));
   }
   if (once) {
     for (int dst = thread; dst < num_ranks; dst += num_threads) {
+      if (call.IsMasked(dst)) continue;
       ptx::st_relaxed_sys_u64(&call.In<uint64_t>(dst, layout.token_counts)[call.rank()],
                               CountWord::Pack(call.epoch(), bits.CountAtRank(dst)));
     }

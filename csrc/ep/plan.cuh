@@ -11,6 +11,9 @@
 //      are not mapped, the places go through the rings (ring.cuh).
 //
 // Counts need no flag: each is one word with the epoch beside it (CountWord).
+//
+// Selections of a masked rank's experts count in tokens_per_expert, and are dropped: they never get
+// a destination, and the rank that made them counts them in its overflow.
 #pragma once
 
 #include "csrc/core/launch.cuh"
@@ -135,7 +138,11 @@ class PlanBlock {
         p_.rows_per_source[src] = max(0, min(sent, static_cast<int32_t>(p_.capacity) - wanted));
         wanted += sent;
       }
-      *p_.overflow = wanted - num_rows;
+      int32_t masked = 0;
+      for (int dst = 0; dst < exchange_.num_ranks(); ++dst) {
+        if (exchange_.IsMasked(dst)) masked += shared_.rank_rows[rank * kMaxRanks + dst];
+      }
+      *p_.overflow = wanted - num_rows + masked;
     }
   }
 
@@ -179,7 +186,12 @@ class PlanBlock {
     }
   }
 
+  /// The expert selected, -1 if there is none or its rank is masked.
   __device__ int32_t Selection(int64_t s) const {
+    const int32_t expert = WantedExpert(s);
+    return expert >= 0 && !exchange_.IsMasked(expert / local_experts_) ? expert : -1;
+  }
+  __device__ int32_t WantedExpert(int64_t s) const {
     if (s >= num_selections_) return -1;
     const int32_t expert = p_.topk_idx[s];
     return expert >= 0 && expert < p_.num_experts ? expert : -1;
@@ -202,7 +214,7 @@ class PlanBlock {
     } else {
       for (int step = 0; step < steps_; ++step) {
         const int64_t s = begin_ + step * 32 + lane_;
-        const int32_t expert = Selection(s);
+        const int32_t expert = WantedExpert(s);
         if (s < num_selections_ && expert < 0 && p_.topk_idx[s] != -1) {
           exchange_.Fail(Failure::kIndexRange, Phase::kNone, exchange_.rank(), s, p_.topk_idx[s]);
         }
@@ -248,7 +260,7 @@ class PlanBlock {
     for (int64_t i = threadIdx.x; i < words; i += blockDim.x) {
       const int peer = static_cast<int>(i / p_.num_experts);
       const int expert = static_cast<int>(i % p_.num_experts);
-      if (peer == exchange_.rank()) continue;
+      if (peer == exchange_.rank() || exchange_.IsMasked(peer)) continue;
       uint64_t* counts = exchange_.In<uint64_t>(peer, offset);
       ptx::st_relaxed_sys_u64(&counts[int64_t{exchange_.rank()} * p_.num_experts + expert],
                               CountWord::Pack(exchange_.epoch(), totals[expert]));
@@ -288,7 +300,9 @@ class PlanBlock {
       for (int src = 0; src < kMaxRanks; ++src) {
         if (src >= num_ranks) break;
         int32_t count = own;
-        if (src != rank && is_expert) {
+        if (exchange_.IsMasked(src)) {
+          count = 0;
+        } else if (src != rank && is_expert) {
           const bool came = CountWord::IsOf(word[src], exchange_.epoch()) ||
                             exchange_.Wait(
                                 [&] {
@@ -326,7 +340,7 @@ class PlanBlock {
     if (threadIdx.x == 0) shared_.capacity_is_short = 0;
     __syncthreads();
     const int dst = threadIdx.x;
-    if (dst < exchange_.num_ranks()) {
+    if (dst < exchange_.num_ranks() && !exchange_.IsMasked(dst)) {
       const auto capacity = static_cast<int32_t>(p_.capacity);
       int32_t filled = 0;
       for (int src = 0; src < exchange_.num_ranks(); ++src) {
@@ -412,10 +426,34 @@ __device__ inline bool PlaceThroughRings(const PlanParams& p, Exchange& exchange
       });
 }
 
+/// What a masked rank gets: no rows, and all its selections dropped.
+__device__ inline void WriteEmptyPlan(const PlanParams& p, int num_ranks) {
+  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t num_threads = int64_t{gridDim.x} * blockDim.x;
+  const auto fill = [&](int32_t* to, int64_t count, int32_t value) {
+    for (int64_t i = thread; i < count; i += num_threads) to[i] = value;
+  };
+  const int64_t num_selections = p.num_tokens * p.top_k;
+  fill(p.group_sizes, p.num_experts / num_ranks, 0);
+  fill(p.num_rows, 1, 0);
+  fill(p.tokens_per_expert, p.num_experts, 0);
+  fill(p.dest_rank, num_selections, -1);
+  fill(p.dest_row, num_selections, -1);
+  fill(p.row_source, p.capacity, -1);
+  fill(p.arrival_rows, p.capacity, -1);
+  fill(p.rows_per_source, num_ranks, 0);
+  if (blockIdx.x != 0 || threadIdx.x >= 32) return;
+  int32_t dropped = 0;
+  for (int64_t s = threadIdx.x; s < num_selections; s += 32) dropped += p.topk_idx[s] >= 0;
+  dropped = __reduce_add_sync(~0u, dropped);
+  if (threadIdx.x == 0) *p.overflow = dropped;
+}
+
 __global__ void __launch_bounds__(kPlanThreads, 1)
     PlanKernel(const __grid_constant__ PlanParams p) {
   PlanShared& shared = *reinterpret_cast<PlanShared*>(DynamicShared());
   Exchange exchange(p.peers, ExchangeOp::kPlan);
+  if (!exchange.takes_part()) return WriteEmptyPlan(p, exchange.num_ranks());
   const void* mine[2] = {p.row_source, p.arrival_rows};
   bool all_mapped;
   if (!exchange.Begin(mine, shared.here, shared.flags, all_mapped)) return;

@@ -33,7 +33,9 @@ Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks) {
   std::vector<int32_t> wanted(num_experts, 0);
   std::vector<std::vector<int32_t>> accepted(num_ranks, std::vector<int32_t>(num_experts, 0));
   std::vector<int64_t> filled(num_ranks, 0);
+  std::vector<int32_t> masked_selections(num_ranks, 0);
   for (int src = 0; src < num_ranks; ++src) {
+    if (ranks[src].masked) continue;
     const int32_t* idx = ranks[src].topk_idx;
     int32_t* dest_rank = ranks[src].dest_rank;
     for (int64_t s = 0; s < selections; ++s) {
@@ -43,6 +45,10 @@ Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks) {
       if (expert == -1) continue;
       ++wanted[expert];
       const int dst = expert / local_experts;
+      if (ranks[dst].masked) {
+        ++masked_selections[src];
+        continue;
+      }
       if (filled[dst] == shape.capacity) continue;
       ++filled[dst];
       ++accepted[src][expert];
@@ -53,6 +59,7 @@ Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks) {
   // Prefix sums: next_row[src][expert] is the first row of that block, on the expert's rank.
   std::vector<std::vector<int32_t>> next_row(num_ranks, std::vector<int32_t>(num_experts));
   for (int dst = 0; dst < num_ranks; ++dst) {
+    if (ranks[dst].masked) continue;
     int32_t row = 0;
     int64_t total_wanted = 0;
     for (int e = 0; e < local_experts; ++e) {
@@ -69,18 +76,24 @@ Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks) {
       return CapacityExceeded(dst, total_wanted, shape.capacity);
     }
     *ranks[dst].num_rows = row;
-    *ranks[dst].overflow = static_cast<int32_t>(total_wanted - row);
+    *ranks[dst].overflow = static_cast<int32_t>(total_wanted - row) + masked_selections[dst];
     std::copy(wanted.begin(), wanted.end(), ranks[dst].tokens_per_expert);
     std::fill(ranks[dst].row_source + row, ranks[dst].row_source + shape.capacity, -1);
     std::fill(ranks[dst].arrival_rows + row, ranks[dst].arrival_rows + shape.capacity, -1);
+    std::fill_n(ranks[dst].rows_per_source, num_ranks, 0);
   }
 
   // Pass 2: every selection's row, taken in order of arrival.
   std::vector<int32_t> arrived(num_ranks, 0);
   for (int src = 0; src < num_ranks; ++src) {
     const PlanBuffers& rank = ranks[src];
-    for (int dst = 0; dst < num_ranks; ++dst) ranks[dst].rows_per_source[src] = -arrived[dst];
-    for (int64_t s = 0; s < selections; ++s) {
+    const auto count_arrived = [&](int sign) {
+      for (int dst = 0; dst < num_ranks; ++dst) {
+        if (!ranks[dst].masked) ranks[dst].rows_per_source[src] += sign * arrived[dst];
+      }
+    };
+    count_arrived(-1);
+    for (int64_t s = 0; s < selections && !rank.masked; ++s) {
       const int dst = rank.dest_rank[s];
       if (dst == -1) {
         rank.dest_row[s] = -1;
@@ -91,9 +104,23 @@ Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks) {
       ranks[dst].row_source[row] = static_cast<int32_t>(src * selections + s);
       ranks[dst].arrival_rows[arrived[dst]++] = row;
     }
-    for (int dst = 0; dst < num_ranks; ++dst) ranks[dst].rows_per_source[src] += arrived[dst];
+    count_arrived(+1);
   }
   return Status();
+}
+
+void MakeEmptyPlan(const PlanShape& shape, const PlanBuffers& rank) {
+  const int64_t selections = shape.num_tokens * shape.top_k;
+  std::fill_n(rank.group_sizes, shape.local_experts(), 0);
+  *rank.num_rows = 0;
+  *rank.overflow = static_cast<int32_t>(std::count_if(rank.topk_idx, rank.topk_idx + selections,
+                                                      [](int32_t expert) { return expert >= 0; }));
+  std::fill_n(rank.tokens_per_expert, shape.num_experts, 0);
+  std::fill_n(rank.dest_rank, selections, -1);
+  std::fill_n(rank.dest_row, selections, -1);
+  std::fill_n(rank.row_source, shape.capacity, -1);
+  std::fill_n(rank.arrival_rows, shape.capacity, -1);
+  std::fill_n(rank.rows_per_source, shape.num_ranks, 0);
 }
 
 }  // namespace wideep

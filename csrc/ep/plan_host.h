@@ -28,22 +28,27 @@ struct PlanShape {
 
 /// One rank's buffers.
 struct PlanBuffers {
-  const int32_t* topk_idx;     // in  [num_tokens, top_k]; -1 = masked
-  int32_t* group_sizes;        // out [local_experts] rows received, per expert
-  int32_t* num_rows;           // out [] rows received
-  int32_t* overflow;           // out [] selections dropped on this rank's receive side
+  const int32_t* topk_idx;  // in  [num_tokens, top_k]; -1 = masked
+  int32_t* group_sizes;     // out [local_experts] rows received, per expert
+  int32_t* num_rows;        // out [] rows received
+  int32_t* overflow;        // out [] selections dropped: on this rank's receive side, and its own
+                            //        of masked ranks' experts
   int32_t* tokens_per_expert;  // out [num_experts] selections over all ranks, dropped ones included
   int32_t* dest_rank;          // out [num_tokens, top_k]; -1 = masked or dropped
   int32_t* dest_row;           // out [num_tokens, top_k]; row on dest_rank, or -1
   int32_t* row_source;    // out [capacity]; (source rank * num_tokens + token) * top_k + k, or -1
   int32_t* arrival_rows;  // out [capacity]; rows in order of source rank, token, k, then -1
   int32_t* rows_per_source;  // out [num_ranks]; rows received from each source rank
+  bool masked = false;       // the rank is left out: its arrays are not touched
 };
 
 /// Selections are taken in order of source rank, token, k until a rank's capacity is full; the rest
-/// are dropped. Rows are packed by expert, and inside an expert in that same order. Fails on an
-/// index outside
-/// [-1, num_experts), and, if overflow_is_error, on a drop.
+/// are dropped. Rows are packed by expert, and inside an expert in that same order. Selections of a
+/// masked rank's experts are dropped too, and count in the overflow of the rank that made them.
+/// Fails on an index outside [-1, num_experts), and, if overflow_is_error, on a full rank.
 Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks);
+
+/// The plan of a rank that is masked: no rows, and all its selections dropped.
+void MakeEmptyPlan(const PlanShape& shape, const PlanBuffers& rank);
 
 }  // namespace wideep

@@ -13,6 +13,8 @@
 //             sender's arena) = tokens taken out so far, after a barrier of all that read.
 //   reset     nobody: both only count up. Between two ops every ring is empty, so a sender may take
 //             `head` as its own count; a receiver keeps its count in ring_taken.
+//
+// Rings from and to masked ranks are at rest.
 #pragma once
 
 #include "csrc/ep/bulk_pipe.cuh"
@@ -190,7 +192,7 @@ __device__ bool SendTokensThroughRings(Exchange& exchange, const RingTokens& t,
   const int channel = role.Warp() / exchange.num_ranks();
   const int64_t header_bytes = RingHeaderBytes(t.top_k);
   const int64_t slot_bytes = header_bytes + t.row_bytes;
-  if (channel >= role.num_channels) return true;
+  if (channel >= role.num_channels || exchange.IsMasked(peer)) return true;
 
   if (!role.sends) {
     RingReceiver ring(exchange, peer, channel, slot_bytes);

@@ -158,6 +158,26 @@ bool PeerGroup::Failed(ErrorRecord& record) const {
   return true;
 }
 
+Status PeerGroup::Reset(uint32_t masked) {
+  const DeviceScope scope(settings_.device);
+  if (!scope.status().ok()) return scope.status();
+  Control control{};
+  control.masked = masked;
+  char* const arena = arena_.data();
+  const int64_t after_table = layout_.after_peer_table();
+  Status status = Runtime("reset", cudaDeviceSynchronize());
+  if (status.ok()) {
+    status = Runtime("reset", cudaMemset(arena + after_table, 0, layout_.num_bytes - after_table));
+  }
+  if (status.ok()) {
+    status = Runtime("reset", cudaMemcpy(arena + ArenaLayout::kControl, &control, sizeof(control),
+                                         cudaMemcpyHostToDevice));
+  }
+  if (status.ok()) status = Runtime("reset", cudaDeviceSynchronize());
+  if (status.ok()) std::memset(record_, 0, sizeof(ErrorRecord));
+  return status;
+}
+
 void PeerGroup::WaitForDevice() const {
   const DeviceScope scope(settings_.device);
   cudaDeviceSynchronize();

@@ -59,6 +59,10 @@ class PeerGroup {
   ErrorRecord* device_record() const { return device_record_; }
   /// Whether this rank has given up, and what it left.
   bool Failed(ErrorRecord& record) const;
+  /// Masks the ranks whose bit is set in `masked`, takes back the others, and forgets errors and
+  /// everything under way. Collective among the ranks that are not masked: none of them runs a
+  /// kernel of the group from before the first Reset until after the last one.
+  Status Reset(uint32_t masked);
   /// Until no kernel of this process uses the device.
   void WaitForDevice() const;
 

@@ -30,7 +30,13 @@ struct ExchangeCase {
   DispatchForm dispatch_form = DispatchForm::kPush;
   CombineForm combine_form = CombineForm::kPull;
   bool zero_tail = true;
-  int delay_us = 0;  // each rank is held up by as much at random before each op
+  int delay_us = 0;                // each rank is held up by as much at random before each op
+  uint32_t masked = 0;             // bit r: rank r is masked
+  bool masked_after_plan = false;  // the plan is older than the mask
+  bool masked_run = true;          // masked ranks launch the ops too
+
+  bool IsMasked(int rank) const { return (masked >> rank & 1) != 0; }
+  bool Runs(int rank) const { return masked_run || !IsMasked(rank); }
 };
 
 inline std::string Describe(const GroupSettings& group, const ExchangeCase& c) {
@@ -40,7 +46,9 @@ inline std::string Describe(const GroupSettings& group, const ExchangeCase& c) {
          std::to_string(c.capacity) + ", " + NameOf(c.routing) +
          (c.dispatch_form == DispatchForm::kPush ? ", dispatch push" : ", dispatch pull") +
          (c.combine_form == CombineForm::kPush ? ", combine push" : ", combine pull") +
-         (group.zero_copy ? "" : ", rings") + (c.zero_tail ? "" : ", tail left");
+         (group.zero_copy ? "" : ", rings") + (c.zero_tail ? "" : ", tail left") +
+         (c.masked == 0 ? "" : ", masked " + std::to_string(c.masked)) +
+         (c.masked_after_plan ? " after the plan" : "") + (c.masked_run ? "" : ", not running");
 }
 
 /// One rank's arrays on the host, as the host's ops fill them.
@@ -110,12 +118,24 @@ class HostExchange {
                               r.dest_row.data(), r.num_rows.data(), r.dy.data(),
                               r.drow_weights.data()});
     }
-    CHECK(MakePlan({group.num_ranks, c.num_tokens, group.top_k, group.num_experts, capacity, false},
-                   plan)
-              .ok());
-    WorkerPool& pool = PoolOf(0);
+    const PlanShape plan_shape{group.num_ranks,   c.num_tokens, group.top_k,
+                               group.num_experts, capacity,     false};
     const DispatchShape shape{c.num_tokens, group.top_k, c.hidden, capacity, c.dtype, true};
     const CombineShape sum{c.num_tokens, group.top_k, c.hidden, c.dtype};
+    for (int r = 0; r < group.num_ranks; ++r)
+      plan[r].masked = c.IsMasked(r) && !c.masked_after_plan;
+    CHECK(MakePlan(plan_shape, plan).ok());
+    for (int r = 0; r < group.num_ranks; ++r) {
+      if (!c.IsMasked(r)) continue;
+      if (plan[r].masked) MakeEmptyPlan(plan_shape, plan[r]);
+      dispatch[r].masked = combine[r].masked = true;
+      dispatch_grad[r].masked = combine_grad[r].masked = true;
+      EmptyDispatch(shape, dispatch[r]);
+      EmptyCombine(sum, combine[r]);
+      EmptyDispatchGrad(sum, dispatch_grad[r]);
+      EmptyCombineGrad(shape, combine_grad[r]);
+    }
+    WorkerPool& pool = PoolOf(0);
     Finish([&](auto done) { Dispatch(shape, dispatch, pool, done); });
     Finish([&](auto done) { Combine(sum, combine, pool, done); });
     Finish([&](auto done) { DispatchGrad(sum, dispatch_grad, pool, done); });
@@ -169,6 +189,8 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
   const int64_t capacity = host.capacity;
   const int64_t row_bytes = Bytes(c.dtype, c.hidden);
   ranks.ReleaseAll();
+  const uint32_t plan_mask = c.masked_after_plan ? 0 : c.masked;
+  if (ranks.masked() != plan_mask) ranks.Mask(plan_mask);
 
   struct Device {
     PlanParams plan;
@@ -179,6 +201,7 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
   std::vector<Device> device(group.num_ranks);
   const auto each_rank = [&](auto run) {
     for (int rank = 0; rank < group.num_ranks; ++rank) {
+      if (!c.Runs(rank) && ranks.masked() != 0) continue;
       if (c.delay_us > 0) {
         ranks.machine().Delay(rank, static_cast<int>(Uniform(random, 0, c.delay_us)));
       }
@@ -242,6 +265,10 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
     b.drow_weights = ranks.template Take<float>(rank, capacity);
   }
   each_rank([&](int r) { return LaunchPlan(device[r].plan, ranks.stream(r)); });
+  if (c.masked_after_plan) {
+    if (!ranks.machine().Synchronize()) return false;
+    ranks.Mask(c.masked);
+  }
   each_rank([&](int r) { return LaunchDispatch(device[r].dispatch, ranks.stream(r)); });
   each_rank([&](int r) { return LaunchCombine(device[r].combine, ranks.stream(r)); });
   each_rank([&](int r) { return LaunchCombine(device[r].dispatch_grad, ranks.stream(r)); });
@@ -252,7 +279,7 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
   }
   for (int rank = 0; rank < group.num_ranks; ++rank) {
     const ErrorRecord& record = ranks.record(rank);
-    if (record.failure == 0) continue;
+    if (record.failure == 0 || !c.Runs(rank)) continue;
     check::Fail(__FILE__, __LINE__, Describe(record, group.deadline_s, group.top_k));
     return false;
   }
@@ -260,6 +287,7 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
   const bool through_rings = !group.zero_copy && group.num_ranks > 1;
   const bool exact_sums = c.combine_form == CombineForm::kPull && !through_rings;
   for (int rank = 0; rank < group.num_ranks; ++rank) {
+    if (!c.Runs(rank)) continue;
     const HostRank& h = host.ranks[rank];
     const Device& d = device[rank];
     const auto same_ints = [&](const char* name, const int32_t* got,

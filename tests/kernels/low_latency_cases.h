@@ -30,6 +30,11 @@ struct LowLatencyCase {
   LowLatencyTuning tuning;
   int delay_us = 0;  // each rank is held up by as much at random before each launch
   bool gradient = true;
+  uint32_t masked = 0;     // bit r: rank r is masked
+  bool masked_run = true;  // masked ranks launch the ops too
+
+  bool IsMasked(int rank) const { return (masked >> rank & 1) != 0; }
+  bool Runs(int rank) const { return masked_run || !IsMasked(rank); }
 };
 
 inline std::string Describe(const GroupSettings& group, const LowLatencyCase& c) {
@@ -40,6 +45,7 @@ inline std::string Describe(const GroupSettings& group, const LowLatencyCase& c)
          (c.quantize && c.dequantize ? " dequantised" : "") +
          (group.once_per_rank ? ", once per rank" : ", once per expert") + ", " +
          NameOf(c.routing) + (c.zero_tail ? "" : ", tail left") + ", " +
+         (c.masked == 0 ? "" : "masked " + std::to_string(c.masked) + ", ") +
          std::to_string(c.tuning.pieces) + " pieces, " + std::to_string(c.tuning.num_blocks) +
          " blocks";
 }
@@ -103,12 +109,22 @@ class LowLatencyHostExchange {
       combine.push_back({r.y.data(), r.weights.data(), r.counts.data(), r.row_source.data(),
                          r.dout.data(), r.out.data(), r.dy.data(), r.dweights.data()});
     }
+    for (int r = 0; r < group.num_ranks; ++r)
+      dispatch[r].masked = combine[r].masked = c.IsMasked(r);
     LowLatencyShape shape{group.num_ranks,   c.num_tokens, group.top_k,
                           group.num_experts, group.chunk,  c.hidden,
                           rows_dtype,        c.quantize,   true};
     Run([&](StatusCallback done) { LowLatencyDispatch(shape, dispatch, PoolOf(0), done); });
+    for (int r = 0; r < group.num_ranks; ++r) {
+      if (c.IsMasked(r)) EmptyLowLatencyDispatch(shape, dispatch[r]);
+    }
     shape.dtype = c.dtype;
     shape.quantized = false;
+    for (int r = 0; r < group.num_ranks; ++r) {
+      if (!c.IsMasked(r)) continue;
+      EmptyLowLatencyCombine(shape, combine[r]);
+      EmptyLowLatencyCombineGrad(shape, combine[r]);
+    }
     Run([&](StatusCallback done) { LowLatencyCombine(shape, combine, PoolOf(0), done); });
     Run([&](StatusCallback done) { LowLatencyCombineGrad(shape, combine, PoolOf(0), done); });
   }
@@ -214,7 +230,9 @@ class LowLatencyRun {
       check::Fail(__FILE__, __LINE__, Describe(record, group_.deadline_s, group_.top_k));
       return false;
     }
-    for (int rank = 0; rank < group_.num_ranks; ++rank) CheckRank(rank);
+    for (int rank = 0; rank < group_.num_ranks; ++rank) {
+      if (c_.Runs(rank)) CheckRank(rank);
+    }
     return true;
   }
 
@@ -230,6 +248,7 @@ class LowLatencyRun {
   template <typename Run>
   void EachRank(Run run) {
     for (int rank = 0; rank < group_.num_ranks; ++rank) {
+      if (!c_.Runs(rank)) continue;
       if (c_.delay_us > 0) {
         ranks_.machine().Delay(rank, static_cast<int>(Uniform(random_, 0, c_.delay_us)));
       }
@@ -311,6 +330,7 @@ class LowLatencyRun {
 template <typename Machine>
 bool RunLowLatencyCase(VirtualRanks<Machine>& ranks, const LowLatencyCase& c, Random& random) {
   ranks.ReleaseAll();
+  if (ranks.masked() != c.masked) ranks.Mask(c.masked);
   LowLatencyRun<Machine> run(ranks, c, random);
   run.Dispatch();
   run.Combine();
@@ -405,6 +425,45 @@ void RunRandomLowLatency(int count, uint64_t seed, int64_t max_tokens, int64_t m
       c.delay_us = delay_us;
       if (!RunLowLatencyCase(ranks, c, random)) return;
       if (repeat == 1 && !RunOverlappedHalves(ranks, c, 3, random)) return;
+    }
+  }
+}
+
+/// `count` random groups whose ranks are masked and taken back; several calls under each mask.
+template <typename Machine>
+void RunMaskedLowLatency(int count, uint64_t seed, int64_t max_tokens, int64_t max_hidden,
+                         int max_sms, int delay_us) {
+  for (int i = 0; i < count; ++i) {
+    Random random(seed + i);
+    const check::Context context(Labelled("seed", static_cast<int64_t>(seed) + i));
+    GroupSettings group;
+    group.num_ranks = static_cast<int>(Uniform(random, 2, 8));
+    group.num_experts = group.num_ranks * static_cast<int>(Uniform(random, 1, 4));
+    group.top_k = static_cast<int>(Uniform(random, 1, 8));
+    group.num_sms = static_cast<int>(Uniform(random, 1, max_sms));
+    group.chunk = Uniform(random, 1, max_tokens);
+    group.once_per_rank = Uniform(random, 0, 2) != 0;
+    group.max_row_bytes = Bytes(DType::kF32, max_hidden);
+    group.deadline_s = 1e9;
+    VirtualRanks<Machine> ranks(group, seed + i);
+    LowLatencyCase c;
+    c.dtype = kFloatDTypes[Uniform(random, 0, 2)];
+    c.quantize = Uniform(random, 0, 1) != 0;
+    c.dequantize = Uniform(random, 0, 1) != 0;
+    c.hidden = kQuantBlock * Uniform(random, 1, max_hidden / kQuantBlock);
+    c.delay_us = delay_us;
+    for (int repeat = 0; repeat < 4; ++repeat) {
+      c.zero_tail = Uniform(random, 0, 1) != 0;
+      c.routing = kAllRoutings[Uniform(random, 0, 4)];
+      c.num_tokens = Uniform(random, 0, group.chunk);
+      c.masked_run = Uniform(random, 0, 1) != 0;
+      // The last one has all ranks again.
+      const auto all = (uint32_t{1} << group.num_ranks) - 1;
+      c.masked = repeat == 3 ? 0 : static_cast<uint32_t>(Uniform(random, 0, all - 1));
+      for (int call = 0; call < 2; ++call) {
+        if (!RunLowLatencyCase(ranks, c, random)) return;
+      }
+      if (!RunOverlappedHalves(ranks, c, 2, random)) return;
     }
   }
 }

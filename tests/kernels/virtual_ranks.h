@@ -11,6 +11,7 @@
 //   bool Synchronize()                     false, with a message, if something went wrong
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -71,6 +72,21 @@ class VirtualRanks {
     }
   }
 
+  /// From now on, ranks whose bit is set are masked: what PeerGroup::Reset does on every rank. No
+  /// kernel runs.
+  void Mask(uint32_t masked) {
+    masked_ = masked;
+    for (const PeerContext& context : contexts_) {
+      const ArenaLayout& layout = context.layout;
+      machine_.Fill(context.arena, 0, sizeof(Control));
+      machine_.Fill(context.arena + layout.after_peer_table(), 0,
+                    layout.num_bytes - layout.after_peer_table());
+      machine_.CopyIn(context.arena + offsetof(Control, masked), &masked, sizeof(masked));
+      *context.record = ErrorRecord{};
+    }
+  }
+  uint32_t masked() const { return masked_; }
+
   int num_ranks() const { return settings_.num_ranks; }
   const GroupSettings& settings() const { return settings_; }
   const PeerContext& context(int rank) const { return contexts_[rank]; }
@@ -117,6 +133,7 @@ class VirtualRanks {
   std::vector<PeerContext> contexts_;
   std::vector<char*> pools_;
   std::vector<uint64_t> pool_used_;
+  uint32_t masked_ = 0;
 };
 
 /// One rank's plan over fresh memory, ready to launch. `capacity` 0: the worst case.

@@ -1,4 +1,6 @@
 // The exchange kernels in the emulator, against the host's.
+#include <cstdlib>
+
 #include "tests/kernels/exchange_sweep.h"
 #include "tests/simt/simt_machine.h"
 
@@ -50,6 +52,39 @@ TEST(RandomShapes) { RunRandomExchanges<SimtMachine>(4, 100, 16, 128, 2, 0); }
 
 TEST(RandomShapesWithDelays) { RunRandomExchanges<SimtMachine>(2, 1000, 12, 80, 2, 50); }
 
+// ---- masked ranks ----
+
+TEST(MaskedInEveryForm) {
+  uint64_t seed = 0;
+  for (const bool zero_copy : {true, false}) {
+    for (const auto dispatch : {DispatchForm::kPush, DispatchForm::kPull}) {
+      for (const bool masked_after_plan : {false, true}) {
+        GroupSettings group = Small(3);
+        group.zero_copy = zero_copy;
+        Random random(++seed);
+        Ranks ranks(group, seed);
+        ExchangeCase c;
+        c.num_tokens = 7;
+        c.dispatch_form = dispatch;
+        c.combine_form = dispatch == DispatchForm::kPush ? CombineForm::kPull : CombineForm::kPush;
+        c.masked_after_plan = masked_after_plan;
+        c.masked_run = seed % 2 == 0;
+        for (const uint32_t masked : {0b010u, 0b011u, 0b000u}) {
+          c.masked = masked;
+          RunExchangeCase(ranks, c, random);
+        }
+      }
+    }
+  }
+}
+
+TEST(RandomMasks) {
+  const char* first_seed = std::getenv("SIMT_SEED");
+  const char* count = std::getenv("SIMT_COUNT");
+  RunMaskedExchanges<SimtMachine>(count ? std::atoi(count) : 5,
+                                  first_seed ? std::atoi(first_seed) : 300, 12, 96, 4, 0);
+}
+
 // ---- ranks that do not come, or that go ----
 
 struct Exchange {
@@ -90,6 +125,49 @@ TEST(MissingRankIsNamed) {
     }
     if (ranks.machine().Synchronize()) CheckBlamed(ranks, 1);
   }
+}
+
+/// The others mask it and go on, whatever it left half done.
+TEST(KilledRankIsMasked) {
+  int num_failed = 0;
+  for (uint64_t seed = 1; seed <= 9; ++seed) {
+    const Context context(Labelled("seed", static_cast<int64_t>(seed)));
+    GroupSettings group = Small(3);
+    group.deadline_s = 20;
+    group.zero_copy = seed % 3 != 0;
+    Ranks ranks(group, seed);
+    Exchange exchange(ranks, seed);
+    for (int rank = 0; rank < 3; ++rank) {
+      CHECK(LaunchPlan(exchange.Plan(rank), ranks.stream(rank)).ok());
+    }
+    ranks.machine().device().KillAt(1, seed * 40'000);
+    if (!ranks.machine().Synchronize()) continue;
+    num_failed += ranks.record(0).failure != 0;
+    ExchangeCase c;
+    c.masked = 0b010;
+    c.masked_run = false;
+    c.dispatch_form = seed % 2 == 0 ? DispatchForm::kPush : DispatchForm::kPull;
+    for (int repeat = 0; repeat < 2; ++repeat) RunExchangeCase(ranks, c, exchange.random);
+  }
+  CHECK(num_failed > 0);
+}
+
+/// A masked rank that never heard of its mask runs into its deadline, and nobody else notices.
+TEST(LateMaskedRankStopsNobody) {
+  GroupSettings group = Small(3);
+  group.deadline_s = 20;
+  Ranks ranks(group, 3);
+  Exchange exchange(ranks, 3);
+  ranks.Mask(0b010);
+  const uint32_t unaware = 0;
+  ranks.machine().CopyIn(ranks.context(1).arena + offsetof(Control, masked), &unaware, 4);
+  CHECK(LaunchPlan(exchange.Plan(1), ranks.stream(1)).ok());
+  CHECK(ranks.machine().Synchronize());
+  CHECK_EQ(ranks.record(1).failure, static_cast<uint32_t>(Failure::kDeadline));
+  ExchangeCase c;
+  c.masked = 0b010;
+  c.masked_run = false;
+  RunExchangeCase(ranks, c, exchange.random);
 }
 
 /// In the middle of a plan, at a time that differs from seed to seed. Whoever has not finished by

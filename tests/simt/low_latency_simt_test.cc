@@ -81,6 +81,36 @@ TEST(RandomShapes) {
                                    first_seed ? std::atoi(first_seed) : 100, 6, 512, 3, 0);
 }
 
+TEST(RandomMasks) {
+  const char* first_seed = std::getenv("SIMT_SEED");
+  const char* count = std::getenv("SIMT_COUNT");
+  RunMaskedLowLatency<SimtMachine>(count ? std::atoi(count) : 5,
+                                   first_seed ? std::atoi(first_seed) : 700, 5, 256, 3, 0);
+}
+
+/// In the middle of a call; the others mask it and go on.
+TEST(KilledRankIsMasked) {
+  int num_failed = 0;
+  for (uint64_t seed = 1; seed <= 6; ++seed) {
+    const check::Context context(Labelled("seed", static_cast<int64_t>(seed)));
+    GroupSettings group = Small(3);
+    group.deadline_s = 20;
+    Random random(seed);
+    Ranks ranks(group, seed);
+    LowLatencyRun<SimtMachine> run(ranks, LowLatencyCase{}, random);
+    run.Dispatch();
+    run.Combine();
+    ranks.machine().device().KillAt(1, seed * 20'000);
+    if (!ranks.machine().Synchronize()) continue;
+    num_failed += ranks.record(0).failure != 0;
+    LowLatencyCase c;
+    c.masked = 0b010;
+    c.masked_run = false;
+    for (int repeat = 0; repeat < 3; ++repeat) RunLowLatencyCase(ranks, c, random);
+  }
+  CHECK(num_failed > 0);
+}
+
 TEST(RepeatedExpertIsReported) {
   GroupSettings group = Small(2);
   group.deadline_s = 5;
