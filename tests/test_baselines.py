@@ -9,7 +9,7 @@ import oracle
 import pytest
 
 import jax_wideep as wep
-from jax_wideep.bench import baselines
+from jax_wideep.bench import baselines, exchange
 
 RANKS, TOKENS, EXPERTS, TOP_K, HIDDEN = 4, 24, 8, 3, 16
 ON_CPU = [name for name, baseline in baselines.BASELINES.items() if "cpu" not in baseline.missing_on]
@@ -107,6 +107,18 @@ def test_layer_equals_moe_ffn_with_gradients(baseline, make_group, dtype, rtol):
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         np.testing.assert_allclose(b, a, rtol=rtol, atol=rtol * np.abs(a).max())
+
+
+@pytest.mark.parametrize("name", list(baselines.BASELINES))
+def test_benchmark_traces(name, make_group):
+    """With XLA's own ragged_all_to_all, which CPUs cannot run, and with shard_map's type check."""
+    group = make_group(RANKS, num_experts=EXPERTS, top_k=TOP_K, hidden=HIDDEN)
+    x, topk_idx, weights = _data("uniform", 0)
+    timed = exchange.baseline_candidates(name, baselines.BASELINES[name], _setting(group), group.mesh)
+    inputs = tuple(map(_flat, (x, topk_idx, weights)))
+    for candidate, extra in zip(timed.values(), ((), (inputs[0],)), strict=True):
+        shapes = jax.eval_shape(candidate.run, *inputs, *extra)
+        assert jax.tree.leaves(shapes)[0].shape == inputs[0].shape
 
 
 def test_ragged_sizes_by_hand():

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_wideep import _ffi
 from jax_wideep._types import Float, Int32
 
 
@@ -284,6 +285,12 @@ def ragged_sizes(pair: Int32[jax.Array, "ranks ranks"], me: jax.Array) -> Ragged
     return RaggedSizes(_exclusive_cumsum(pair[me]), pair[me], _exclusive_cumsum(pair)[me], pair[:, me])
 
 
+def _ragged_all_to_all(operand: jax.Array, rows: int, sizes: Any, setting: Setting) -> jax.Array:
+    # The result varies over what the output argument varies over: not what zeros do.
+    output = _ffi.vary([jnp.zeros((rows, operand.shape[1]), operand.dtype)], setting.axis)[0]
+    return jax.lax.ragged_all_to_all(operand, output, *sizes, axis_name=setting.axis)
+
+
 def _ragged_dispatch(x, topk_idx, setting):
     mine = _sort(topk_idx, setting)
     me = jax.lax.axis_index(setting.axis)
@@ -292,8 +299,7 @@ def _ragged_dispatch(x, topk_idx, setting):
     sizes = ragged_sizes(pair, me)
     place = jnp.where(mine.rank < setting.num_ranks, mine.place, topk_idx.size)
     operand = _move(x, mine.order // topk_idx.shape[1], place)
-    output = jnp.zeros((setting.capacity, x.shape[1]), x.dtype)
-    arrived = jax.lax.ragged_all_to_all(operand, output, *sizes, axis_name=setting.axis)
+    arrived = _ragged_all_to_all(operand, setting.capacity, sizes, setting)
     slots = _expert_order(counts[:, me], _exclusive_cumsum(sizes.recv_sizes), setting.capacity)
     row_of_slot = _inverse(slots, setting.capacity)
     slots = jnp.where(slots >= 0, slots, setting.capacity)
@@ -304,8 +310,7 @@ def _ragged_dispatch(x, topk_idx, setting):
 def _ragged_combine(y, topk_weights, state, setting):
     slots, row_of_slot, selection, place, sizes = state
     operand = _move(y, row_of_slot, slots[:, None])
-    output = jnp.zeros((place.size, y.shape[1]), y.dtype)
-    home = jax.lax.ragged_all_to_all(operand, output, *sizes, axis_name=setting.axis)
+    home = _ragged_all_to_all(operand, place.size, sizes, setting)
     return _sum_of_selections(home, place, selection, topk_weights)
 
 
