@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from jax_wideep import routing
+from jax_wideep._microbatches import CHECKPOINT_NAMES
 from jax_wideep.exchange import combine, dispatch
 from jax_wideep.group import ExpertGroup, use_cpu_devices
 from jax_wideep.grouped_matmul import grouped_matmul, grouped_matmul_weight_grad
@@ -16,7 +17,7 @@ from jax_wideep.low_latency import (
     ll_dispatch_recv,
     ll_dispatch_send,
 )
-from jax_wideep.moe import CHECKPOINT_NAMES, MoEStats, moe_ffn
+from jax_wideep.moe import MoEStats, moe_ffn
 from jax_wideep.placement import Placement, compute_placement, make_placement
 from jax_wideep.plan import DispatchPlan, make_plan
 from jax_wideep.replicas import move_experts, replica_weights, sum_replica_gradients
@@ -55,7 +56,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`jax_wideep.flax` is imported on first use, so that Flax stays optional."""
-    if name == "flax":
-        return importlib.import_module("jax_wideep.flax")
+    """`jax_wideep.flax` is imported on first use, so that Flax stays optional; `jax_wideep.families` likewise."""
+    if name in ("families", "flax"):
+        return importlib.import_module(f"jax_wideep.{name}")
     raise AttributeError(f"module 'jax_wideep' has no attribute {name!r}")

@@ -14,6 +14,6 @@
 """
 
 from jax import Array
-from jaxtyping import Float, Float32, Int32, Num
+from jaxtyping import Bool, Float, Float32, Int32, Num
 
-__all__ = ["Array", "Float", "Float32", "Int32", "Num"]
+__all__ = ["Array", "Bool", "Float", "Float32", "Int32", "Num"]

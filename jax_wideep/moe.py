@@ -2,37 +2,36 @@
 
 topk_idx, topk_weights (routing)  ->  plan  ->  dispatch  ->  experts  ->  combine       mode "throughput"
                                   ->  ll_dispatch  ->  experts  ->  ll_combine           mode "low_latency"
+
+`_rounds.py` bounds the memory that rows take; `_microbatches.py` says in what order microbatches take their turns.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import operator
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_wideep import _check, _ffi
+from jax_wideep import _check, _ffi, _microbatches, _rounds
 from jax_wideep._expert_bias import add_expert_bias
 from jax_wideep._swiglu import ClampedSwiGLU, swiglu, swiglu_of_groups
 from jax_wideep._types import Float, Float32, Int32
-from jax_wideep.exchange import combine, dispatch
 from jax_wideep.group import ExpertGroup
 from jax_wideep.grouped_matmul import Implementation, grouped_matmul
-from jax_wideep.low_latency import Quantize, ll_combine, ll_dispatch
+from jax_wideep.low_latency import Quantize
 from jax_wideep.placement import Placement
-from jax_wideep.plan import DispatchPlan, Overflow, make_plan
+from jax_wideep.plan import DispatchPlan, Overflow, check_capacity, make_plan
 
 Mode = Literal["throughput", "low_latency"]
 Activation = Literal["swiglu", "gelu", "relu2"] | ClampedSwiGLU
 
-#: Names that jax.checkpoint policies can save or offload (jax.checkpoint_policies.save_only_these_names): the
-#: rows that dispatch brought with their weights, the experts' inner activations, what combine returned, and
-#: the plan's integers. The backward pass dispatches again unless both rows and plan are saved.
-CHECKPOINT_NAMES = ("wideep_dispatch_rows", "wideep_expert_hidden", "wideep_combine_output", "wideep_plan")
-_ROWS, _HIDDEN, _OUTPUT, _PLAN = CHECKPOINT_NAMES
+#: What the backward pass keeps; see moe_ffn.
+Remat = Literal["none", "hidden", "all"]
 
 
 class MoEStats(NamedTuple):
@@ -44,6 +43,7 @@ class MoEStats(NamedTuple):
       aux_loss: load-balance loss of the router over all ranks; None from moe_ffn, which does not route.
       z_loss: mean squared logsumexp of the router's logits over all ranks; None from moe_ffn.
       rows_per_rank: selections of the experts that each rank hosts, dropped ones included.
+      spilled: selections served in a round after the first; over ranks as `overflow`.
     """
 
     tokens_per_expert: Int32[jax.Array, " experts"]
@@ -51,6 +51,7 @@ class MoEStats(NamedTuple):
     aux_loss: Float32[jax.Array, ""] | None = None
     z_loss: Float32[jax.Array, ""] | None = None
     rows_per_rank: Int32[jax.Array, " ranks"] | None = None
+    spilled: Int32[jax.Array, ""] | None = None
 
 
 def moe_ffn(
@@ -72,6 +73,9 @@ def moe_ffn(
     plan: DispatchPlan | None = None,
     implementation: Implementation = "auto",
     placement: Placement | None = None,
+    microbatches: int = 1,
+    expert_chunk: int | None = None,
+    remat: Remat = "none",
     return_stats: bool = True,
 ) -> tuple[Float[jax.Array, "tokens hidden"], MoEStats | None]:
     """Sends tokens to their experts, applies them, and sums the outputs at home.
@@ -92,8 +96,10 @@ def moe_ffn(
       group: the ExpertGroup.
       mode: "throughput" plans first and sends exactly what is needed, for training and prefill. "low_latency"
         sends without a plan, for decode; tokens above `group.chunk` go in several microbatches.
-      capacity: rows a rank can receive, see make_plan; throughput mode only.
-      overflow: what happens above the capacity, see make_plan.
+      capacity: rows a rank can receive at a time, see make_plan; throughput mode only.
+      overflow: what happens above the capacity. "drop" and "error" as make_plan does. "spill" loses nothing: as many
+        further rounds of `capacity` rows as the fullest rank needs, whose number is read at run time. Equal to
+        capacity=None but for rounding; memory is that of one round.
       activation: "swiglu" silu(gate) * up (arXiv:2002.05202), "gelu" (arXiv:1606.08415, tanh form), or "relu2"
         relu(x)^2 (arXiv:2109.08668), or a ClampedSwiGLU (GPT-OSS, arXiv:2508.10925).
       bi: biases after the first matrices, in x's dtype or in float32; None for none.
@@ -105,6 +111,12 @@ def moe_ffn(
       implementation: of the expert products, see grouped_matmul.
       placement: where experts and their replicas lie. topk_idx then holds logical experts, and wi, wo and the
         group physical ones; a `plan` is one made from `placement.to_physical(topk_idx, rank)`.
+      microbatches: parts of the tokens, one after the other, so that the exchange of one can run beside the experts
+        of another; at most 2 in low-latency mode. Each may receive ceil(capacity / microbatches) rows.
+      expert_chunk: rows that experts work on at a time; their inner activations take no more memory than that, and
+        are computed again for the backward pass. None: all rows. Throughput mode only.
+      remat: what the backward pass keeps of a round. "none": all it needs. "hidden": not the experts' inner
+        activations, which it computes again. "all": only tokens, gate weights and the plan; it dispatches again, too.
       return_stats: False: None in place of statistics, which cost a sum over all ranks in low-latency mode.
 
     Returns:
@@ -132,11 +144,30 @@ def moe_ffn(
             topk_idx = placement.to_physical(topk_idx, jax.lax.axis_index(group.axis))
     if mode not in ("throughput", "low_latency"):
         raise ValueError(f"{op}: mode: expected 'throughput' or 'low_latency', got {mode!r}")
+    if remat not in get_args(Remat):
+        raise ValueError(f"{op}: remat: expected one of {get_args(Remat)}, got {remat!r}")
+    if not isinstance(microbatches, int) or microbatches < 1:
+        raise ValueError(f"{op}: microbatches: expected a number of at least 1, got {microbatches!r}")
+    if expert_chunk is not None and (not isinstance(expert_chunk, int) or expert_chunk < 1):
+        raise ValueError(f"{op}: expert_chunk: expected None or at least 1 row, got {expert_chunk!r}")
+    params = (wi, wo, bi, bo)
+    experts: _rounds.Experts = functools.partial(
+        _experts, activation=activation, implementation=implementation
+    )
+    if expert_chunk is not None:
+        experts = functools.partial(_rounds.in_chunks, experts, expert_chunk)
+    elif remat == "hidden":
+        experts = jax.checkpoint(experts)
     if mode == "low_latency":
-        if plan is not None or capacity is not None:
+        if plan is not None or capacity is not None or expert_chunk is not None:
             raise ValueError(
-                f"{op}: plan, capacity: expected None in mode 'low_latency', which makes no plan and drops nothing; "
-                "leave them out, or use mode='throughput'"
+                f"{op}: plan, capacity, expert_chunk: expected None in mode 'low_latency', which makes no plan and "
+                "drops nothing; leave them out, or use mode='throughput'"
+            )
+        if microbatches > 2:
+            raise ValueError(
+                f"{op}: microbatches: expected 1 or 2 in mode 'low_latency', whose buffers are doubled, got "
+                f"{microbatches}"
             )
         if weigh_input:
             if group.top_k != 1:
@@ -145,41 +176,40 @@ def moe_ffn(
                     "mode='throughput'"
                 )
             x, topk_weights = x * topk_weights.astype(x.dtype), jnp.ones_like(topk_weights)
-        experts = functools.partial(
-            _experts, wi=wi, wo=wo, bi=bi, bo=bo, activation=activation, implementation=implementation
+        call: Callable[..., jax.Array] = functools.partial(
+            _microbatches.low_latency, experts=experts, group=group, quantize=quantize, number=microbatches
         )
-        out = _low_latency(x, topk_idx, topk_weights, experts, group, quantize)
+        if remat == "all":
+            call = jax.checkpoint(call)
+        out = call(x, topk_idx, topk_weights, params)
         return out, (_low_latency_stats(topk_idx, group, placement) if return_stats else None)
 
+    parts = min(microbatches, max(1, x.shape[0]))
+    if capacity is not None:
+        check_capacity(op, capacity, group.num_ranks * topk_idx.size)
+        capacity = -(-capacity // parts)
     if plan is None:
-        with jax.named_scope("wideep_plan"):
-            plan = make_plan(topk_idx, group, capacity=capacity, overflow=overflow)
-    elif plan.group is not group:
-        raise ValueError(
-            f"{op}: plan: expected one made over the group that was passed, got one of another ExpertGroup; use one "
-            "group for make_plan, dispatch and combine"
+        in_plan = (
+            {"overflow": "drop"} if overflow == "spill" else {"overflow": overflow, "capacity": capacity}
         )
-    elif plan.num_tokens != x.shape[0]:
-        raise ValueError(f"{op}: plan: expected one for {x.shape[0]} tokens, got one for {plan.num_tokens}")
-    plan = checkpoint_name(plan, _PLAN)
-    # No op below looks at rows past the plan's, so nobody has to clear them.
-    with jax.named_scope("wideep_dispatch"):
-        rows, row_weights = checkpoint_name(dispatch(x, topk_weights, plan, zero_tail=False), _ROWS)
-    if weigh_input:
-        rows, row_weights = rows * row_weights[:, None].astype(rows.dtype), jnp.ones_like(row_weights)
-    y = _experts(
-        rows,
-        plan.group_sizes,
-        wi=wi,
-        wo=wo,
-        bi=bi,
-        bo=bo,
-        activation=activation,
-        implementation=implementation,
+        with jax.named_scope("wideep_plan"):
+            plans = _microbatches.make_plans(
+                functools.partial(make_plan, group=group, **in_plan), topk_idx, parts
+            )
+    else:
+        _check_plan(op, plan, x, group, microbatches, overflow)
+        plans = [plan]
+    round_capacity = capacity if overflow == "spill" else None
+    out = _microbatches.throughput(
+        x,
+        topk_weights,
+        params,
+        plans,
+        functools.partial(_weighed_experts, experts=experts, weigh_input=weigh_input),
+        round_capacity=round_capacity,
+        keep_nothing=remat == "all",
     )
-    with jax.named_scope("wideep_combine"):
-        out = checkpoint_name(combine(y, row_weights, plan, zero_tail=False), _OUTPUT)
-    return out, (_stats(plan.tokens_per_expert, plan.overflow, group, placement) if return_stats else None)
+    return out, (_stats_of_plans(plans, round_capacity, placement) if return_stats else None)
 
 
 def activate(hidden: jax.Array, activation: Activation) -> jax.Array:
@@ -208,14 +238,15 @@ def check_activation(op: str, activation: Any) -> None:
 
 
 @jax.named_scope("wideep_experts")
-def _experts(rows, group_sizes, *, wi, wo, bi, bo, activation, implementation):
+def _experts(rows, params, group_sizes, *, activation, implementation):
     # Rows past a group's end stay unspecified throughout, with their gradients: neither the products nor combine
     # look at them.
+    wi, wo, bi, bo = params
     multiply = functools.partial(grouped_matmul, implementation=implementation, zero_tail=False)
     hidden = multiply(rows, wi, group_sizes)
     if bi is not None:
         hidden = add_expert_bias(hidden, bi, group_sizes, implementation)
-    hidden = checkpoint_name(hidden, _HIDDEN)
+    hidden = checkpoint_name(hidden, _microbatches.HIDDEN)
     if activation == "swiglu":
         inner = swiglu_of_groups(hidden, group_sizes, implementation)
     else:
@@ -224,40 +255,31 @@ def _experts(rows, group_sizes, *, wi, wo, bi, bo, activation, implementation):
     return y if bo is None else add_expert_bias(y, bo, group_sizes, implementation)
 
 
-def _low_latency(x, topk_idx, topk_weights, experts, group, quantize):
-    def one_microbatch(x, topk_idx, topk_weights):
-        with jax.named_scope("wideep_dispatch"):
-            recv = ll_dispatch(x, topk_idx, group, quantize=quantize, zero_tail=False)
-        recv = dataclasses.replace(
-            recv,
-            rows=checkpoint_name(recv.rows, _ROWS),
-            counts=checkpoint_name(recv.counts, _PLAN),
-            row_source=checkpoint_name(recv.row_source, _PLAN),
-        )
-        y = experts(recv.rows, recv.counts)
-        with jax.named_scope("wideep_combine"):
-            return checkpoint_name(ll_combine(y, topk_weights, recv, zero_tail=False), _OUTPUT)
-
-    tokens = x.shape[0]
-    if tokens <= group.chunk:
-        return one_microbatch(x, topk_idx, topk_weights)
-    batches = -(-tokens // group.chunk)
-    spare = batches * group.chunk - tokens
-
-    def split(array: jax.Array, fill: int) -> jax.Array:
-        padded = jnp.pad(array, ((0, spare), (0, 0)), constant_values=fill)
-        return padded.reshape(batches, group.chunk, array.shape[1])
-
-    pieces = (split(x, 0), split(topk_idx, -1), split(topk_weights, 0))
-    return jax.lax.map(lambda piece: one_microbatch(*piece), pieces).reshape(-1, x.shape[1])[:tokens]
+def _weighed_experts(rows, row_weights, params, group_sizes, *, experts, weigh_input):
+    if weigh_input:
+        rows, row_weights = rows * row_weights[:, None].astype(rows.dtype), jnp.ones_like(row_weights)
+    return experts(rows, params, group_sizes), row_weights
 
 
-def _stats(counts, dropped, group, placement):
+def _stats_of_plans(plans, round_capacity, placement):
+    """The sums over microbatches."""
+
+    def total(count):
+        return functools.reduce(operator.add, map(count, plans))
+
+    dropped = total(lambda plan: plan.overflow)
+    spilled = jnp.zeros_like(dropped)
+    if round_capacity is not None:
+        spilled = total(lambda plan: jnp.maximum(plan.num_rows - round_capacity, 0))
+    return _stats(total(lambda plan: plan.tokens_per_expert), dropped, spilled, plans[0].group, placement)
+
+
+def _stats(counts, dropped, spilled, group, placement):
     """Statistics from selections per physical expert."""
     rows_per_rank = counts.reshape(group.num_ranks, -1).sum(axis=1)
     if placement is not None:
         counts = placement.to_logical_counts(counts)
-    return MoEStats(counts, dropped, rows_per_rank=rows_per_rank)
+    return MoEStats(counts, dropped, rows_per_rank=rows_per_rank, spilled=spilled)
 
 
 def _low_latency_stats(topk_idx, group, placement):
@@ -265,7 +287,26 @@ def _low_latency_stats(topk_idx, group, placement):
     own = jnp.zeros(group.num_experts, jnp.int32).at[counted].add(1, mode="drop")
     (own,) = _ffi.vary([own], group.axis)
     (dropped,) = _ffi.vary([jnp.int32(0)], tuple(_ffi.varying_axes(own)))
-    return _stats(jax.lax.psum(own, group.axis), dropped, group, placement)
+    return _stats(jax.lax.psum(own, group.axis), dropped, dropped, group, placement)
+
+
+def _check_plan(op, plan, x, group, microbatches, overflow):
+    if plan.group is not group:
+        raise ValueError(
+            f"{op}: plan: expected one made over the group that was passed, got one of another ExpertGroup; use one "
+            "group for make_plan, dispatch and combine"
+        )
+    if plan.num_tokens != x.shape[0]:
+        raise ValueError(f"{op}: plan: expected one for {x.shape[0]} tokens, got one for {plan.num_tokens}")
+    if microbatches > 1:
+        raise ValueError(
+            f"{op}: plan: expected None for microbatches={microbatches}, each of which makes its own"
+        )
+    if overflow == "spill" and plan.capacity < group.num_ranks * plan.num_tokens * plan.top_k:
+        raise ValueError(
+            f"{op}: plan: expected one that drops nothing for overflow='spill', got one of capacity {plan.capacity}; "
+            "leave capacity out of make_plan and pass it to moe_ffn"
+        )
 
 
 def _check_experts(op, x, wi, wo, bi, bo, group, activation):

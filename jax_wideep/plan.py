@@ -12,7 +12,7 @@ from jax_wideep import _check, _ffi, reference
 from jax_wideep._types import Int32
 from jax_wideep.group import ExpertGroup
 
-Overflow = Literal["drop", "error"]
+Overflow = Literal["drop", "error", "spill"]
 
 
 # In the order in which the backends return them.
@@ -84,6 +84,7 @@ def make_plan(
         ever dropped. Memory for rows is proportional to it.
       overflow: what happens to selections past the capacity. "drop" drops them, later source ranks and later
         tokens first, and counts them in `overflow`; "error" fails the computation (compiled backends only).
+        "spill" is for moe_ffn, which plans without a capacity and serves the plan's rows in rounds.
 
     Returns:
       The plan; see DispatchPlan. Its integers are the same on every backend.
@@ -100,15 +101,16 @@ def make_plan(
     worst_case = group.num_ranks * num_tokens * top_k
     if capacity is None:
         capacity = worst_case
-    if not isinstance(capacity, int) or capacity < min(1, worst_case):
-        raise ValueError(
-            f"{op}: capacity: expected None or a number of rows of at least 1, got {capacity!r}; it is part of the "
-            "compiled shapes, so it must be a Python int"
-        )
+    check_capacity(op, capacity, worst_case)
     if max(worst_case, capacity) >= 2**31:
         raise ValueError(
             f"{op}: expected num_ranks * tokens * top_k and capacity below 2**31, got {worst_case} and {capacity}; "
             "use fewer tokens per call"
+        )
+    if overflow == "spill":
+        raise ValueError(
+            f"{op}: overflow: expected 'drop' or 'error', got 'spill', which applies the experts once a round; use "
+            "moe_ffn(..., overflow='spill')"
         )
     if overflow not in ("drop", "error"):
         raise ValueError(f"{op}: overflow: expected 'drop' or 'error', got {overflow!r}")
@@ -121,6 +123,15 @@ def make_plan(
     arrays = backend_of(group).plan(topk_idx, group, capacity, overflow == "error")
     by_name = dict(zip(_ARRAYS, arrays, strict=True))
     return DispatchPlan(**by_name, group=group, capacity=capacity, num_tokens=num_tokens, top_k=top_k)
+
+
+def check_capacity(op: str, capacity: Any, worst_case: int) -> None:
+    """Raises ValueError for what is no number of rows."""
+    if not isinstance(capacity, int) or capacity < min(1, worst_case):
+        raise ValueError(
+            f"{op}: capacity: expected None or a number of rows of at least 1, got {capacity!r}; it is part of the "
+            "compiled shapes, so it must be a Python int"
+        )
 
 
 def backend_of(group: ExpertGroup) -> Any:

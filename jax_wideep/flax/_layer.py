@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_wideep import _ffi
 from jax_wideep.group import ExpertGroup
 from jax_wideep.low_latency import Quantize
-from jax_wideep.moe import Activation, Mode, MoEStats, activate, check_activation, inner_size, moe_ffn
+from jax_wideep.moe import Activation, Mode, MoEStats, Remat, activate, check_activation, inner_size, moe_ffn
 from jax_wideep.placement import Placement, make_placement
 from jax_wideep.plan import Overflow
 from jax_wideep.routing import RouterConfig, load_balance_loss, route, router_logits, z_loss
@@ -39,6 +39,9 @@ class LayerConfig:
     capacity: int | None
     capacity_factor: float | None
     overflow: Overflow
+    microbatches: int
+    expert_chunk: int | None
+    remat: Remat
     quantize: Quantize
     redundant_experts: int | None
     batch_axes: tuple[str, ...]
@@ -63,6 +66,9 @@ def make_config(
     capacity: int | None,
     capacity_factor: float | None,
     overflow: Overflow,
+    microbatches: int,
+    expert_chunk: int | None,
+    remat: Remat,
     quantize: Quantize,
     redundant_experts: int | None,
     batch_axes: tuple[str, ...] | None,
@@ -87,6 +93,7 @@ def make_config(
     for name, value, choices in (
         ("mode", mode, get_args(Mode)),
         ("overflow", overflow, get_args(Overflow)),
+        ("remat", remat, get_args(Remat)),
     ):
         if value not in choices:
             raise ValueError(f"MoE: {name}: expected one of {choices}, got {value!r}")
@@ -120,6 +127,9 @@ def make_config(
         capacity=capacity,
         capacity_factor=capacity_factor,
         overflow=overflow,
+        microbatches=microbatches,
+        expert_chunk=expert_chunk,
+        remat=remat,
         quantize=quantize,
         redundant_experts=redundant_experts,
         batch_axes=axes,
@@ -316,6 +326,9 @@ def _on_one_rank(config, return_stats, params, x, optional):
         mode=config.mode,
         capacity=capacity if config.mode == "throughput" else None,
         overflow=config.overflow,
+        microbatches=config.microbatches,
+        expert_chunk=config.expert_chunk if config.mode == "throughput" else None,
+        remat=config.remat,
         activation=config.activation,
         bi=params["bi"].astype(dtype) if config.use_bias else None,
         bo=params["bo"].astype(dtype) if config.use_bias else None,
@@ -341,7 +354,9 @@ def _stats_of_all_ranks(config, stats, logits, routing, mask):
     axes = config.batch_axes
     # Every rank of a group holds the group's counts already; sum over the groups side by side.
     others = tuple(name for name in axes if name not in config.group.axis)
-    overflow, *counts = _ffi.vary([stats.overflow, stats.tokens_per_expert, stats.rows_per_rank], axes)
+    overflow, spilled, *counts = _ffi.vary(
+        [stats.overflow, stats.spilled, stats.tokens_per_expert, stats.rows_per_rank], axes
+    )
     counts = jax.lax.pmax(counts, config.group.axis)
     per_expert, per_rank = jax.lax.psum(counts, others) if others else counts
     return MoEStats(
@@ -352,4 +367,5 @@ def _stats_of_all_ranks(config, stats, logits, routing, mask):
         ),
         z_loss=z_loss(logits, axis_name=axes, token_mask=mask),
         rows_per_rank=per_rank,
+        spilled=jax.lax.psum(spilled, axes),
     )

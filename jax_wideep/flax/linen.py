@@ -14,7 +14,7 @@ from jax_wideep.flax import _layer
 from jax_wideep.group import ExpertGroup
 from jax_wideep.load import update_average
 from jax_wideep.low_latency import Quantize
-from jax_wideep.moe import Activation, Mode, MoEStats
+from jax_wideep.moe import Activation, Mode, MoEStats, Remat
 from jax_wideep.placement import Placement
 from jax_wideep.plan import Overflow
 from jax_wideep.routing import RouterConfig
@@ -58,6 +58,9 @@ class MoE(nn.Module):
     capacity: int | None = None
     capacity_factor: float | None = None
     overflow: Overflow = "drop"
+    microbatches: int = 1
+    expert_chunk: int | None = None
+    remat: Remat = "none"
     quantize: Quantize = "fp8"
     redundant_experts: int | None = None
     load_decay: float | None = None
@@ -92,6 +95,9 @@ class MoE(nn.Module):
             capacity=self.capacity,
             capacity_factor=self.capacity_factor,
             overflow=self.overflow,
+            microbatches=self.microbatches,
+            expert_chunk=self.expert_chunk,
+            remat=self.remat,
             quantize=self.quantize,
             redundant_experts=self.redundant_experts,
             batch_axes=self.batch_axes,

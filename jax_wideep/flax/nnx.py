@@ -14,7 +14,7 @@ from jax_wideep.flax import _layer
 from jax_wideep.group import ExpertGroup
 from jax_wideep.load import update_average
 from jax_wideep.low_latency import Quantize
-from jax_wideep.moe import Activation, Mode, MoEStats
+from jax_wideep.moe import Activation, Mode, MoEStats, Remat
 from jax_wideep.placement import Placement
 from jax_wideep.plan import Overflow
 from jax_wideep.routing import RouterConfig, update_selection_bias
@@ -103,7 +103,10 @@ class MoE(nnx.Module):
       mode: "throughput" for training and prefill, "low_latency" for decode; calls may choose the other.
       capacity: rows a rank can receive; None drops nothing.
       capacity_factor: the same as a multiple of tokens * top_k per rank, the average load.
-      overflow: see make_plan.
+      overflow: "drop", "error" or "spill", see moe_ffn.
+      microbatches: parts of a rank's tokens that take turns, see moe_ffn.
+      expert_chunk: rows that experts work on at a time, see moe_ffn.
+      remat: what the backward pass keeps, see moe_ffn.
       quantize: wire format of low-latency mode.
       redundant_experts: places beside num_experts for replicas of hot experts; the group then has num_experts +
         redundant_experts, and so have `wi`, `wo` (and `bi`, `bo`). The placement is the state `places`; see
@@ -140,6 +143,9 @@ class MoE(nnx.Module):
         capacity: int | None = None,
         capacity_factor: float | None = None,
         overflow: Overflow = "drop",
+        microbatches: int = 1,
+        expert_chunk: int | None = None,
+        remat: Remat = "none",
         quantize: Quantize = "fp8",
         redundant_experts: int | None = None,
         load_decay: float | None = None,
@@ -163,6 +169,9 @@ class MoE(nnx.Module):
             capacity=capacity,
             capacity_factor=capacity_factor,
             overflow=overflow,
+            microbatches=microbatches,
+            expert_chunk=expert_chunk,
+            remat=remat,
             quantize=quantize,
             redundant_experts=redundant_experts,
             batch_axes=batch_axes,
