@@ -1,0 +1,250 @@
+"""From Hugging Face checkpoints into layers whose experts are spread over ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_wideep.families import _sources, mapping
+from jax_wideep.families._safetensors import Checkpoint
+from jax_wideep.families.presets import Preset
+from jax_wideep.group import ExpertGroup
+
+Params = dict[str, jax.Array]
+
+
+def load_layer(
+    layer: Any,
+    checkpoint: Checkpoint,
+    preset: Preset,
+    number: int,
+    *,
+    prefix: str | None = None,
+    cast: bool = False,
+    progress: bool = True,
+) -> None:
+    """Fills a `jax_wideep.flax.MoE` with the weights of one layer of a Hugging Face checkpoint.
+
+    Each process reads the rows of the experts that its devices host, and what is whole on every rank. The layer may
+    be abstract (from `nnx.eval_shape`): then nothing is allocated before the weights are there.
+
+    Args:
+      layer: made with `preset.make_layer`, or with the same settings.
+      checkpoint: the checkpoint.
+      preset: the model's family and sizes.
+      number: the layer's number in the model.
+      prefix: what the names of the MoE block's tensors begin with, with `{number}` where the number stands; None is
+        the family's own.
+      cast: allows values to be rounded to the layer's dtypes.
+      progress: shows a bar on process 0, which needs tqdm.
+
+    Raises:
+      ValueError: the layer's settings are not the preset's, or a tensor is missing, truncated, of the wrong shape or
+        of the wrong dtype; the message names it.
+    """
+    config = layer.config
+    for name in (
+        "hidden",
+        "ffn",
+        "router",
+        "activation",
+        "shared_ffn",
+        "shared_gate",
+        "use_bias",
+        "weigh_input",
+    ):
+        expected, got = getattr(preset, name), getattr(config, name)
+        if name == "router":  # noise is added in training only
+            got = dataclasses.replace(got, jitter=expected.jitter)
+        if got != expected:
+            raise ValueError(
+                f"load_layer: layer: expected {name} = {expected!r} as in preset, got {got!r}; make it with "
+                "preset.make_layer"
+            )
+    params = load_params(
+        checkpoint,
+        preset,
+        config.group,
+        number,
+        prefix=prefix,
+        param_dtype=config.param_dtype,
+        cast=cast,
+        progress=progress,
+    )
+    assign(layer, params)
+
+
+def load_params(
+    checkpoint: Checkpoint,
+    preset: Preset,
+    group: ExpertGroup,
+    number: int,
+    *,
+    prefix: str | None = None,
+    param_dtype: Any = None,
+    cast: bool = False,
+    progress: bool = True,
+) -> Params:
+    """The weights of one layer by parameter name, laid out over the group's mesh, without a layer.
+
+    Names and shapes are those of `jax_wideep.flax.MoE`; the linen layer has "gate.kernel" as `gate/kernel`, and
+    "gate.selection_bias" in the collection `router_state`.
+
+    Args:
+      checkpoint, preset, number, prefix, cast, progress: as in load_layer.
+      group: says where experts live.
+      param_dtype: of what the router does not need in float32; None is that of the checkpoint.
+
+    Raises:
+      ValueError: as load_layer.
+    """
+    op = "load_params"
+    prefix = _find_prefix(checkpoint, preset, number) if prefix is None else prefix.format(number=number)
+    wanted = [
+        _Wanted(op, checkpoint, preset, prefix, group, name, shape, param_dtype, cast)
+        for name, shape in mapping.parameter_shapes(preset).items()
+    ]
+    with progress_bar(sum(param.nbytes() for param in wanted), f"layer {number}", progress) as advance:
+        return {param.name: param.load(advance) for param in wanted}
+
+
+class _Wanted:
+    """A parameter to load: the tensors that this process needs for it, found and checked."""
+
+    def __init__(
+        self,
+        op: str,
+        checkpoint: Checkpoint,
+        preset: Preset,
+        prefix: str,
+        group: ExpertGroup,
+        name: str,
+        shape: tuple[int, ...],
+        param_dtype: Any,
+        cast: bool,
+    ):
+        self.name, self.shape = name, shape
+        self.sharding = _sharding(group, name)
+        self.ranges = {
+            self._range(index) for index in self.sharding.addressable_devices_indices_map(shape).values()
+        }
+        # tensor's name -> its values and the pieces that it is made of
+        self.tensors: dict[str, tuple[_sources.Source, list[mapping.Piece]]] = {}
+        for piece in mapping.pieces(preset):
+            hosted = piece.expert is None or any(start <= piece.expert < stop for start, stop in self.ranges)
+            if piece.param == name and hosted:
+                tensor = prefix + piece.tensor
+                if tensor not in self.tensors:
+                    self.tensors[tensor] = _sources.locate(op, checkpoint, tensor, piece.shape), []
+                self.tensors[tensor][1].append(piece)
+        stored = [source.dtype for source, _ in self.tensors.values()]
+        natural = jnp.dtype(jnp.float32) if name in mapping.FLOAT32 else param_dtype
+        self.dtype = jnp.dtype(max(stored, key=lambda dtype: dtype.itemsize) if natural is None else natural)
+        for tensor, (source, _) in self.tensors.items():
+            if not cast and jnp.promote_types(source.dtype, self.dtype) != self.dtype:
+                raise ValueError(
+                    f"{op}: tensor {tensor!r}: expected values that {self.dtype.name}, the dtype of {name}, holds, got "
+                    f"{source.dtype.name}; pass cast=True to round them, or another param_dtype"
+                )
+
+    def _range(self, index: tuple[slice, ...] | None) -> tuple[int, int]:
+        assert index is not None
+        start, stop, _ = index[0].indices(self.shape[0])
+        return start, stop
+
+    def nbytes(self) -> int:
+        """Bytes that `load` reads."""
+        total = 0
+        for start, stop in self.ranges:
+            for source, pieces in self.tensors.values():
+                rows = pieces[0].rows(start, stop)
+                total += source.nbytes(*rows) if rows else 0
+        return total
+
+    def load(self, advance: Callable[[int], Any]) -> jax.Array:
+        read: dict[tuple[int, int], np.ndarray] = {}  # once for all devices that hold the same rows
+
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            key = self._range(index)
+            if key not in read:
+                read[key] = self._read(*key, advance)
+            return read[key]
+
+        return jax.make_array_from_callback(self.shape, self.sharding, shard)
+
+    def _read(self, start: int, stop: int, advance: Callable[[int], Any]) -> np.ndarray:
+        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        for source, pieces in self.tensors.values():
+            rows = pieces[0].rows(start, stop)
+            if rows is None:
+                continue
+            values = source.read(*rows)
+            for piece in pieces:
+                part = out if piece.expert is None else out[piece.expert - start]
+                piece.of_parameter(part)[...] = piece.of_tensor(values)
+            advance(source.nbytes(*rows))
+        return out
+
+
+def assign(layer: Any, params: Mapping[str, Any]) -> None:
+    """Puts arrays by parameter name, from load_params or from_maxtext, in the place of a layer's parameters.
+
+    Args:
+      layer: a `jax_wideep.flax.MoE`, which may be abstract.
+      params: every parameter and, where the router has one, "gate.selection_bias".
+
+    Raises:
+      ValueError: a name is missing or unknown, or a shape is not the layer's.
+    """
+    shapes = mapping.parameter_shapes(layer.config)
+    if set(params) != set(shapes):
+        raise ValueError(
+            f"assign: params: expected {sorted(shapes)}, got {sorted(params)}; is the preset that of the layer?"
+        )
+    for name, shape in shapes.items():
+        if np.shape(params[name]) != shape:
+            raise ValueError(
+                f"assign: params[{name!r}]: expected shape {list(shape)}, got {list(np.shape(params[name]))}"
+            )
+    for name, value in params.items():
+        dtype = jnp.float32 if name in mapping.FLOAT32 else layer.config.param_dtype
+        sharding = _sharding(layer.config.group, name)
+        if not (isinstance(value, jax.Array) and value.dtype == dtype and value.sharding == sharding):
+            value = jax.device_put(jnp.asarray(value, dtype), sharding)
+        layer.parameter(name).set_value(value)
+
+
+def _sharding(group: ExpertGroup, name: str) -> NamedSharding:
+    return NamedSharding(
+        group.mesh, PartitionSpec(group.axis) if name in mapping.OF_EXPERTS else PartitionSpec()
+    )
+
+
+def _find_prefix(checkpoint: Checkpoint, preset: Preset, number: int) -> str:
+    candidates = mapping.prefixes(preset, number)
+    names = checkpoint.names()
+    found = [prefix for prefix in candidates if any(name.startswith(prefix) for name in names)]
+    return (found or candidates)[0]
+
+
+@contextlib.contextmanager
+def progress_bar(total_bytes: int, what: str, progress: bool) -> Iterator[Callable[[int], Any]]:
+    """Yields what is called with the number of bytes done."""
+    if not progress or jax.process_index() != 0:
+        yield lambda nbytes: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "progress: expected tqdm, which is not installed; install it or pass progress=False"
+        ) from error
+    with tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True) as bar:
+        yield bar.update
