@@ -156,7 +156,7 @@ BAD_ARGUMENTS = [
     (lambda g: ffn(g, wo=WO.astype(jnp.bfloat16)), "moe_ffn: wo: expected dtype float32, got bfloat16; cast x and"),
     (lambda g: ffn(g, mode="fast"), "moe_ffn: mode: expected 'throughput' or 'low_latency', got 'fast'"),
     (lambda g: ffn(g, activation="silu"), "moe_ffn: activation: expected one of ('swiglu', 'gelu', 'relu2')"),
-    (lambda g: ffn(g, mode="low_latency", capacity=4), "moe_ffn: plan, capacity, expert_chunk: expected None in mode 'low_latency'"),
+    (lambda g: ffn(g, mode="low_latency", capacity=4), "moe_ffn: plan, capacity, expert_chunk: expected None in"),
     (lambda g: ffn(g, implementation="fast"), "grouped_matmul: implementation: expected"),
     (lambda g: ffn(g, plan=plan(g, IDX[:4])), "moe_ffn: plan: expected one for 5 tokens, got one for 4"),
     # grouped_matmul
