@@ -20,7 +20,9 @@
 
 namespace {
 
-enum class Way { kCopyEngine, kWrite, kRead };
+enum class Way { kCopyEngine, kWrite, kRead, kReadRows };
+
+constexpr int64_t kRowVectors = 14336 / 16;
 
 void Require(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -57,6 +59,27 @@ __global__ void __launch_bounds__(1024)
     for (int j = 0; j < kInFlight; ++j) to[i + j * step] = values[j];
   }
   for (; i < count; i += step) to[i] = from[i];
+}
+
+// Row `r` of `to` is row `r * kStride` of `from`, modulo their number.
+__global__ void __launch_bounds__(1024)
+    CopyRows(const uint4* __restrict__ from, uint4* __restrict__ to, int64_t rows) {
+  constexpr int kInFlight = 14;
+  constexpr int64_t kStride = 1000003;  // a prime
+  static_assert(kRowVectors % (32 * kInFlight) == 0);
+  const int64_t warps = int64_t{gridDim.x} * blockDim.x / 32;
+  for (int64_t row = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / 32; row < rows;
+       row += warps) {
+    const uint4* source = from + row * kStride % rows * kRowVectors + threadIdx.x % 32;
+    uint4* target = to + row * kRowVectors + threadIdx.x % 32;
+    for (int64_t at = 0; at < kRowVectors; at += 32 * kInFlight) {
+      uint4 values[kInFlight];
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) values[j] = source[at + 32 * j];
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) target[at + 32 * j] = values[j];
+    }
+  }
 }
 
 struct Gpu {
@@ -114,12 +137,15 @@ class PeerCopy {
     for (int p = 0; p < peers; ++p) {
       const Gpu& peer = gpus_[(g + 1 + p) % size()];
       // Part p of this GPU's memory and of the peer's: two GPUs never write the same place.
-      const Gpu& reader = way == Way::kRead ? gpu : peer;
-      const Gpu& writer = way == Way::kRead ? peer : gpu;
+      const bool fetches = way == Way::kRead || way == Way::kReadRows;
+      const Gpu& reader = fetches ? gpu : peer;
+      const Gpu& writer = fetches ? peer : gpu;
       uint4* to = reader.target + p * part;
       const uint4* from = writer.source + p * part;
       if (way == Way::kCopyEngine) {
         Require(cudaMemcpyAsync(to, from, part * 16, cudaMemcpyDeviceToDevice, gpu.stream), "copy");
+      } else if (way == Way::kReadRows) {
+        CopyRows<<<sms, 1024, 0, gpu.stream>>>(from, to, part / kRowVectors);
       } else {
         Copy<<<sms, 1024, 0, gpu.stream>>>(from, to, part);
       }
@@ -161,7 +187,7 @@ int main(int argc, char** argv) {
               properties.name, static_cast<long long>(mb));
   PeerCopy copy(num_gpus, mb << 20);
   const auto report = [&](bool all, Way way, int sms) {
-    const char* names[] = {"copy engine", "kernel writes", "kernel reads"};
+    const char* names[] = {"copy engine", "kernel writes", "kernel reads", "reads rows"};
     const char* name = names[static_cast<int>(way)];
     const double speed = copy.Measure(all, way, sms, repeats);
     std::printf("%-5s %-14s %4d SMs %8.1f\n", all ? "all" : "next", name, sms, speed);
@@ -178,6 +204,7 @@ int main(int argc, char** argv) {
     for (int sms : {8, 16, 32, properties.multiProcessorCount}) {
       report(all, Way::kWrite, sms);
       report(all, Way::kRead, sms);
+      report(all, Way::kReadRows, sms);
     }
   }
   if (json != nullptr) std::fclose(json);
