@@ -78,7 +78,7 @@ def main(options: Options) -> None:
     console.print(training.describe(model), highlight=False, soft_wrap=True)
 
     corpus = read_corpus(options.data, options.pattern)
-    prompts = corpus.held_out_batches(1, options.batch, options.prompt)[0]
+    prompts = corpus.held_out_batches(1, options.batch, options.prompt)[0][:]
     result = generate(model, prompts, options.new_tokens, temperature=options.temperature, seed=options.seed)
     for prompt, tokens in zip(prompts[: options.show], result.tokens, strict=False):
         text = Text(as_text(prompt), style="dim")

@@ -18,14 +18,13 @@ import numpy as np
 import tyro
 from lm import figures, measure, training
 from lm.generation import generate
+from lm.metrics import read_history
 from lm.text import as_text
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from train_lm import Options as TrainOptions
-from train_lm import Run, console, train
-
-import jax_wideep as wep
+from train_lm import Run, console, start_processes, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,46 +32,45 @@ class Options(TrainOptions):
     """Settings of the demo; those of training first.
 
     Attributes:
-      out: folder for figures, and for checkpoints unless --checkpoint says otherwise.
+      run: folder for figures, and for what train_lm.py keeps of a run.
       new_tokens: bytes to decode.
       temperature: of sampling.
     """
 
     steps: int = 300
-    out: Path = Path("demo_out")
+    run: Path = Path("demo_out")
     new_tokens: int = 160
     temperature: float = 0.4
 
 
 def main(options: Options) -> int:
-    wep.use_cpu_devices(options.devices)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.checkpoint is None:
-        options = dataclasses.replace(options, checkpoint=options.out / "checkpoint")
-
+    start_processes(options)
+    if jax.process_count() > 1:
+        raise SystemExit("demo.py: expected one process, got several; use train_lm.py and decode.py")
     console.rule("Training: attention data parallel, experts spread over the same devices")
     run = train(options)
-    if run.interrupted:
-        return 130
+    if run.stopped_by:
+        return 128 + run.stopped_by
     console.rule("Decoding: low-latency shape, FP8 on the wire, one jit-compiled step a token")
     decode(run, options)
     console.rule("Where the time goes")
     routes = show_times(run, options)
     console.rule("Figures")
+    history = read_history(options.run)
     for name, draw in {
-        "loss.png": lambda path: figures.loss_curve(run.history, path),
-        "expert_load.png": lambda path: figures.expert_load(run.history, path),
+        "loss.png": lambda path: figures.loss_curve(history, path),
+        "expert_load.png": lambda path: figures.expert_load(history, path),
         "route.png": lambda path: figures.batch_route(routes, path),
     }.items():
-        draw(options.out / name)
-        console.print(options.out / name)
+        draw(options.run / name)
+        console.print(options.run / name)
     return 0
 
 
 def decode(run: Run, options: Options) -> None:
     """Continues one held-out prompt per device and shows the first."""
     batch = run.model.group.num_ranks
-    prompts = run.corpus.held_out_batches(1, batch, options.seq)[0]
+    prompts = run.corpus.held_out_batches(1, batch, options.seq)[0][:]
     result = generate(
         run.model, prompts, options.new_tokens, temperature=options.temperature, seed=options.seed
     )
@@ -87,12 +85,12 @@ def decode(run: Run, options: Options) -> None:
 def show_times(run: Run, options: Options) -> list[np.ndarray]:
     """Prints the tables; returns the routes of the batch they were measured on."""
     model = run.model
-    tokens = run.corpus.held_out_batches(1, options.batch, options.seq + 1)[0]
+    tokens = run.corpus.held_out_batches(1, options.batch, options.seq + 1)[0][:]
     layers = measure.layer_inputs(model, tokens[:, :-1])
     routes = [measure.routes(model, layer) for layer in layers]
     alternatives = measure.exchange_alternatives(model, layers[0])
     # Last: measuring training steps changes the model.
-    optimizer = training.make_optimizer(model, 1e-5, steps=100)
+    optimizer = training.make_optimizer(model, 1e-5)
     parts = measure.step_parts(model, optimizer, tokens, training.LossWeights())
 
     table = Table(title=f"One training step, {options.batch * options.seq} tokens, {len(layers)} layers")

@@ -64,8 +64,8 @@ def test_drop_in():
 
 
 def test_train_interrupt_go_on_and_decode(tmp_path, text_folder):
-    folder = tmp_path / "checkpoint"
-    options = [*SMALL, "--data", text_folder, "--pattern", "*.txt", "--checkpoint", folder]
+    folder = tmp_path / "run"
+    options = [*SMALL, "--data", text_folder, "--pattern", "*.txt", "--run", folder]
     process = start("train_lm.py", *options, "--steps", 100_000)
     output = ""
     for line in process.stdout:
@@ -74,7 +74,7 @@ def test_train_interrupt_go_on_and_decode(tmp_path, text_folder):
             process.send_signal(signal.SIGINT)
     process.wait(TIMEOUT_S)
     assert process.returncode == 130, output
-    stopped = int(re.search(r"Stopped by Ctrl-C after step (\d+) of 100000", output)[1])
+    stopped = int(re.search(r"Stopped by a signal after step (\d+) of 100000", output)[1])
     assert 25 <= stopped < 1000 and str(folder) in output
 
     output = run("train_lm.py", *options, "--steps", stopped + 30)
@@ -86,7 +86,9 @@ def test_train_interrupt_go_on_and_decode(tmp_path, text_folder):
     assert f"All {stopped + 30} steps are done already" in output
 
     output = run(
-        "decode.py", "--checkpoint", folder, "--data", text_folder, "--pattern", "*.txt", "--new-tokens", 4
+        "decode.py",
+        *("--checkpoint", folder / "checkpoint"),
+        *("--data", text_folder, "--pattern", "*.txt", "--new-tokens", 4),
     )
     assert "1 layers, hidden 128, 16 experts of inner size 32" in output  # the checkpoint's sizes
     assert re.search(
@@ -95,7 +97,7 @@ def test_train_interrupt_go_on_and_decode(tmp_path, text_folder):
 
 
 def test_checkpoint_of_other_settings_is_an_error(tmp_path, text_folder):
-    options = ["--data", text_folder, "--pattern", "*.txt", "--checkpoint", tmp_path / "checkpoint"]
+    options = ["--data", text_folder, "--pattern", "*.txt", "--run", tmp_path / "run"]
     run("train_lm.py", *SMALL, *options, "--steps", 1)
     process = start("train_lm.py", *SMALL, *options, "--steps", 2, "--top-k", 4)
     output, _ = process.communicate(timeout=TIMEOUT_S)
@@ -122,7 +124,7 @@ def test_overlapped_decode_gives_the_same(wire):
 
 
 def test_demo(tmp_path):
-    output = run("demo.py", *SMALL, "--steps", 20, "--new-tokens", 8, "--out", tmp_path / "out")
+    output = run("demo.py", *SMALL, "--steps", 20, "--new-tokens", 8, "--run", tmp_path / "out")
     for row in ("attention", "routing", "exchange", "experts", "rest", "step", "padded all_to_all", "ring"):
         assert re.search(rf"^│ {row}\b.* [\d.]+ ", output, re.MULTILINE), (row, output)
     first, last = map(float, re.search(r"Held-out loss ([\d.]+) -> .*?([\d.]+) nats", output).groups())
@@ -136,19 +138,43 @@ def test_demo(tmp_path):
 
 def test_files_are_held_out_whole(lm, text_folder):
     corpus = lm.text.read_corpus(text_folder, "*.txt")
-    numbers = [set(re.findall(rb"fox (\d\d)", part.tobytes())) for part in (corpus.train, corpus.held_out)]
+    parts = [part.read(0, part.size).tobytes() for part in (corpus.train, corpus.held_out)]
+    numbers = [set(re.findall(rb"fox (\d\d)", part)) for part in parts]
     assert not numbers[0] & numbers[1]
     assert len(numbers[0]) + len(numbers[1]) == 60 and len(numbers[1]) >= 2
 
 
 def test_batches_depend_on_step_and_seed_only(lm, text_folder):
     corpus = lm.text.read_corpus(text_folder, "*.txt")
-    batch = corpus.train_batch(3, 0, 4, 20)
+    batch = corpus.train_batch(3, 0, 4, 20)[:]
     assert batch.shape == (4, 20) and batch.dtype == np.int32
     np.testing.assert_array_equal(batch, corpus.train_batch(3, 0, 4, 20))
     for step, seed in ((4, 0), (3, 1)):
         assert np.any(batch != corpus.train_batch(step, seed, 4, 20))
-    assert lm.text.as_text(batch[0]).encode() in corpus.train.tobytes()
+    assert lm.text.as_text(batch[0]).encode() in corpus.train.read(0, corpus.train.size).tobytes()
+
+
+def test_only_the_rows_asked_for_are_read(lm, text_folder, monkeypatch):
+    corpus = lm.text.read_corpus(text_folder, "*.txt")
+    windows = corpus.train_batch(0, 0, 8, 20)
+    whole, read = windows[:], []
+    monkeypatch.setattr(lm.text.Text, "read", lambda self, start, length: read.append(start) or [0] * length)
+    part = windows[2:4, :5]
+    assert part.shape == (2, 5) and len(read) == 2
+    monkeypatch.undo()
+    np.testing.assert_array_equal(windows[2:4, :5], whole[2:4, :5])
+
+
+def test_windows_run_over_the_ends_of_files(lm, tmp_path):
+    paths = [tmp_path / name for name in "abc"]
+    for path, text in zip(paths, (b"one", b"", b"three"), strict=True):
+        path.write_bytes(text)
+    joined = b"one\n\nthree"
+    text = lm.text.Text(paths)
+    assert text.size == len(joined)
+    for start in range(text.size):
+        for length in range(text.size - start + 1):
+            assert text.read(start, length).tobytes() == joined[start : start + length]
 
 
 def test_too_little_text_is_an_error(lm, tmp_path):

@@ -1,41 +1,24 @@
-"""Checkpoints of a training run: model, optimiser, settings and history, kept by orbax."""
+"""Checkpoints of a training run: model, optimiser and settings, kept by orbax.
+
+Every process writes and reads the shards of its own devices, so the folder must be one that all of them see. What is
+read is laid out as the model is now, whatever processes and devices wrote it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
-
-
-@dataclasses.dataclass
-class History:
-    """What a run saw so far, one entry a step unless it says otherwise.
-
-    Attributes:
-      loss: next-byte loss of each step's batch, nats a byte.
-      dropped: selections dropped.
-      tokens_per_expert: [layers][experts] selections.
-      held_out: (steps done, held-out loss) pairs.
-    """
-
-    loss: list[float] = dataclasses.field(default_factory=list)
-    dropped: list[int] = dataclasses.field(default_factory=list)
-    tokens_per_expert: list[list[list[int]]] = dataclasses.field(default_factory=list)
-    held_out: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-
-    @property
-    def steps(self) -> int:
-        """Steps done."""
-        return len(self.loss)
+from jax.experimental import multihost_utils
 
 
 class Checkpoints:
-    """The checkpoints in a folder; the newest one counts.
+    """The checkpoints in a folder; the newest one counts. A context manager, which waits for the last save.
 
     Args:
       folder: made if it is missing.
@@ -44,30 +27,42 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, fresh: bool = False):
         self.folder = folder.resolve()
-        if fresh and self.folder.exists():
-            shutil.rmtree(self.folder)
+        if fresh:
+            if jax.process_index() == 0:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            multihost_utils.sync_global_devices("removed checkpoints")
         self._manager = ocp.CheckpointManager(
             self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2)
         )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an error the other processes may not come: waiting for them would hide it.
+        if error is None:
+            self._manager.close()
 
     def step(self) -> int | None:
         """Steps that the newest checkpoint's run had done, or None where there is no checkpoint."""
         return self._manager.latest_step()
 
-    def save(
-        self, model: nnx.Module, optimizer: nnx.Optimizer, history: History, settings: dict[str, Any]
-    ) -> None:
-        """Saves the run as of its last step; `settings` as JSON takes them."""
-        if self.step() == history.steps:
+    def save(self, model: nnx.Module, optimizer: nnx.Optimizer, step: int, settings: dict[str, Any]) -> None:
+        """Saves the state after `step` steps; `settings` as JSON takes them.
+
+        Returns as soon as the arrays are copied to the host, and writes while training goes on. A checkpoint counts
+        once it is written whole. Waits for the save before.
+        """
+        if self.step() == step:
             return
         args = ocp.args.Composite(
             model=ocp.args.StandardSave(_pure(model)),
             optimizer=ocp.args.StandardSave(_pure(optimizer)),
-            history=ocp.args.JsonSave(dataclasses.asdict(history)),
             settings=ocp.args.JsonSave(settings),
         )
-        self._manager.save(history.steps, args=args)
-        self._manager.wait_until_finished()
+        self._manager.save(step, args=args)
 
     def settings(self) -> dict[str, Any]:
         """The settings of the newest checkpoint."""
@@ -83,16 +78,15 @@ class Checkpoints:
                 "use its settings or another folder, or pass --fresh to remove it"
             )
 
-    def restore(self, model: nnx.Module, optimizer: nnx.Optimizer | None = None) -> History:
+    def restore(self, model: nnx.Module, optimizer: nnx.Optimizer | None = None) -> None:
         """Fills the model, and the optimiser if given, from the newest checkpoint, laid out as they are now."""
         wanted = {"model": model} if optimizer is None else {"model": model, "optimizer": optimizer}
         args = {name: ocp.args.StandardRestore(_abstract(module)) for name, module in wanted.items()}
-        found = self._read(history=ocp.args.JsonRestore(), **args)
+        found = self._read(**args)
         for name, module in wanted.items():
             state = nnx.state(module)
             nnx.replace_by_pure_dict(state, found[name])
             nnx.update(module, state)
-        return History(**found["history"])
 
     def _read(self, **args: Any) -> Any:
         step = self.step()

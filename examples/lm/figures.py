@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lm.checkpoint import History
+from lm.metrics import History
 
 _DPI = 130
 

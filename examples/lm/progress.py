@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from lm.checkpoint import History
 
 _LINE_EVERY = 25
 
@@ -16,13 +16,12 @@ class TrainingProgress:
     Args:
       console: where to show it.
       steps: steps in all.
-      history: the run's, which the caller adds to.
+      done: steps that are done already.
     """
 
-    def __init__(self, console: Console, steps: int, history: History):
+    def __init__(self, console: Console, steps: int, done: int):
         self._console = console
         self._steps = steps
-        self._history = history
         self._bar = Progress(
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -31,7 +30,7 @@ class TrainingProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=steps, completed=history.steps, numbers="compiling")
+        self._task = self._bar.add_task("", total=steps, completed=done, numbers="compiling")
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
@@ -40,15 +39,15 @@ class TrainingProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def step(self, tokens_per_s: float) -> None:
-        """Shows the history's last step."""
-        history = self._history
+    def step(self, record: dict[str, Any], held_out: float) -> None:
+        """Shows a step's record as metrics.py describes it, and the last held-out loss."""
+        done = record["step"]
         numbers = (
-            f"loss {history.loss[-1]:.2f}  held out {history.held_out[-1][1]:.2f}  "
-            f"{tokens_per_s:,.0f} tokens/s  dropped {history.dropped[-1]}"
+            f"loss {record['loss']:.2f}  held out {held_out:.2f}  lr {record['learning_rate']:.1e}  "
+            f"{record['tokens_per_s']:,.0f} tokens/s  dropped {sum(layer['dropped'] for layer in record['layers'])}"
         )
-        self._bar.update(self._task, completed=history.steps, numbers=numbers)
-        if not self._console.is_terminal and (
-            history.steps % _LINE_EVERY == 0 or history.steps == self._steps
-        ):
-            self._console.print(f"step {history.steps}/{self._steps}  {numbers}", highlight=False)
+        if record["mfu"] is not None:
+            numbers += f"  MFU {record['mfu']:.1%}"
+        self._bar.update(self._task, completed=done, numbers=numbers)
+        if not self._console.is_terminal and (done % _LINE_EVERY == 0 or done == self._steps):
+            self._console.print(f"step {done}/{self._steps}  {numbers}", highlight=False)

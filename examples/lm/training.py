@@ -1,9 +1,10 @@
-"""Training state and steps: loss with the router's losses, AdamW, held-out loss."""
+"""Training state and steps: loss with the router's losses, AdamW on float32 weights, held-out loss."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_wideep as wep
 from jax_wideep.flax.transformer import Transformer, TransformerConfig, make_transformer
+from lm.text import Windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,8 @@ class ModelSizes:
       experts: experts over all devices.
       top_k: experts a byte goes to.
       capacity_factor: rows a device can receive, as a multiple of the average; what is above is dropped.
+      dtype: of parameters and computation. The router decides in float32 all the same, and the optimiser keeps
+        float32 weights.
     """
 
     hidden: int = 128
@@ -37,6 +41,7 @@ class ModelSizes:
     experts: int = 16
     top_k: int = 2
     capacity_factor: float = 2.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def config(self, **settings: Any) -> TransformerConfig:
         """The model with these sizes; `settings` are further ones."""
@@ -48,7 +53,7 @@ class ModelSizes:
             num_experts=self.experts,
             top_k=self.top_k,
             capacity_factor=self.capacity_factor,
-            **settings,
+            **{"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.dtype), **settings},
         )
 
 
@@ -70,7 +75,7 @@ class StepReport(NamedTuple):
 
     Attributes:
       loss: next-byte loss before the step's update, nats a byte, without the router's losses.
-      dropped: selections dropped, over all layers.
+      dropped: [layers] selections dropped.
       tokens_per_expert: [layers, experts] selections.
     """
 
@@ -82,13 +87,18 @@ class StepReport(NamedTuple):
 def describe(model: Transformer) -> str:
     """A line about a model's sizes and one about where it runs."""
     config, group = model.config, model.group
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return (
-        f"{parameters / 1e6:.1f} M parameters: {config.num_layers} layers, hidden {config.hidden}, "
+        f"{num_parameters(model) / 1e6:.1f} M parameters: {config.num_layers} layers, hidden {config.hidden}, "
         f"{config.num_experts} experts of inner size {config.ffn}, top-{config.top_k}\n"
         f"{group.num_ranks} {jax.devices()[0].platform} devices, {group.local_experts} experts of every layer on "
-        f"each, exchange backend {group.backend!r}"
+        f"each, exchange backend {group.backend!r}{processes}"
     )
+
+
+def num_parameters(model: Transformer) -> int:
+    """Numbers in all parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def make_mesh() -> jax.sharding.Mesh:
@@ -102,19 +112,77 @@ def make_model(config: TransformerConfig, seed: int, **group_settings: Any) -> T
     return make_transformer(config, group, seed)
 
 
-def make_optimizer(model: Transformer, learning_rate: float, steps: int) -> nnx.Optimizer:
-    """AdamW, warmed up and then lowered along a cosine, gradients clipped to norm 1."""
-    warmup = max(1, min(20, steps // 10))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup + 1))
-    chain = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.01)
+def make_schedule(
+    learning_rate: float, steps: int, warmup: int | None = None, final: float = 0.0
+) -> optax.Schedule:
+    """Learning rate by step: raised linearly from 0 over `warmup` steps, then lowered along a cosine.
+
+    Args:
+      learning_rate: the highest.
+      steps: steps in all, at the end of which it is `final` times the highest.
+      warmup: None is a tenth of the steps, at most 20.
+      final: see steps.
+    """
+    warmup = max(1, min(20, steps // 10)) if warmup is None else warmup
+    return optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, warmup, max(steps, warmup + 1), end_value=final * learning_rate
     )
+
+
+def make_optimizer(model: Transformer, learning_rate: optax.ScalarOrSchedule) -> nnx.Optimizer:
+    """AdamW with gradients clipped to norm 1; all its state is float32, whatever the parameters are."""
+    chain = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=0.01)
+    )
+    if model.config.param_dtype != jnp.float32:
+        chain = with_float32_weights(chain)
     optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
-    # Moments lie where their parameters do, but counters are on one device: put them on all.
+    # Moments lie where their parameters do, but counters are on one device: put them on all, of every process.
     everywhere = NamedSharding(model.group.mesh, PartitionSpec())
-    state = nnx.state(optimizer)
-    nnx.update(optimizer, jax.tree.map(lambda x: jax.device_put(x, everywhere) if x.ndim == 0 else x, state))
+
+    def spread(leaf: jax.Array) -> jax.Array:
+        if leaf.ndim:
+            return leaf
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback((), everywhere, lambda _: value)
+
+    nnx.update(optimizer, jax.tree.map(spread, nnx.state(optimizer)))
     return optimizer
+
+
+class Float32Weights(NamedTuple):
+    """State of `with_float32_weights`: the weights that steps add up in, and the inner optimiser's state."""
+
+    weights: optax.Params
+    inner: optax.OptState
+
+
+def with_float32_weights(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Lets `inner` work on float32 copies of the parameters, which then are those copies, rounded.
+
+    In bfloat16 a step smaller than 2^-9 of a parameter would be lost (mixed-precision training, arXiv:1710.03740).
+    """
+
+    def to_float32(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def init(params: optax.Params) -> Float32Weights:
+        # A copy also where a parameter is float32 already: both are donated to a step.
+        weights = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+        return Float32Weights(weights, inner.init(weights))
+
+    def update(updates: optax.Updates, state: Float32Weights, params: optax.Params | None = None) -> Any:
+        updates, inner_state = inner.update(to_float32(updates), state.inner, state.weights)
+        weights = optax.apply_updates(state.weights, updates)
+        # The caller adds this in float32 and rounds the sum, which gives the rounded weights.
+        change = jax.tree.map(
+            lambda new, old: new.astype(old.dtype).astype(jnp.float32) - old.astype(jnp.float32),
+            weights,
+            params,
+        )
+        return change, Float32Weights(weights, inner_state)
+
+    return optax.GradientTransformation(init, update)
 
 
 def next_byte_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -135,15 +203,55 @@ def training_loss(
     return loss + router_loss, (loss, stats)
 
 
-@nnx.jit(static_argnames="weights", donate_argnames=("model", "optimizer"))
+@nnx.jit(static_argnames=("weights", "microbatches"), donate_argnames=("model", "optimizer"))
 def train_step(
-    model: Transformer, optimizer: nnx.Optimizer, tokens: jax.Array, weights: LossWeights
+    model: Transformer,
+    optimizer: nnx.Optimizer,
+    tokens: jax.Array,
+    weights: LossWeights,
+    microbatches: int = 1,
 ) -> StepReport:
-    """One update of the model and the optimiser, in place."""
-    value_and_grad = nnx.value_and_grad(training_loss, has_aux=True)
-    (_, (loss, stats)), gradients = value_and_grad(model, tokens, weights)
+    """One update of the model and the optimiser, in place.
+
+    Args:
+      model: the model.
+      optimizer: its optimiser.
+      tokens: [batch, seq + 1].
+      weights: of the losses.
+      microbatches: parts of the batch that go through the model one after the other, so that only one part's
+        activations are kept. Their gradients are averaged in float32.
+    """
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss_of(params: Any, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, wep.MoEStats]]:
+        return training_loss(nnx.merge(graph, params, rest), tokens, weights)
+
+    def gradients_of(tokens: jax.Array) -> tuple[Any, jax.Array, wep.MoEStats]:
+        (_, (loss, stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, tokens)
+        return gradients, loss, stats
+
+    if microbatches == 1:
+        gradients, loss, stats = gradients_of(tokens)
+    else:
+        batch, length = tokens.shape
+        # Every device's sequences are dealt out to the parts in turn: none moves to another device.
+        parts = tokens.reshape(batch // microbatches, microbatches, length).swapaxes(0, 1)
+
+        def accumulate(total: Any, part: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(
+                lambda sums, new: sums + new.astype(sums.dtype), total, gradients_of(part)
+            ), None
+
+        kinds = jax.eval_shape(gradients_of, parts[0])
+        zeros = jax.tree.map(lambda kind: jnp.zeros(kind.shape, _sum_dtype(kind.dtype)), kinds)
+        (gradients, loss, stats), _ = jax.lax.scan(accumulate, zeros, parts)
+        gradients, loss = jax.tree.map(lambda sums: sums / microbatches, (gradients, loss))
     optimizer.update(model, gradients)
-    return StepReport(loss, jnp.sum(stats.overflow), stats.tokens_per_expert)
+    return StepReport(loss, stats.overflow, stats.tokens_per_expert)
+
+
+def _sum_dtype(dtype: Any) -> Any:
+    return jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 @nnx.jit
@@ -151,16 +259,18 @@ def _loss_of_batch(model: Transformer, tokens: jax.Array) -> jax.Array:
     return next_byte_loss(model(tokens[:, :-1]), tokens[:, 1:])
 
 
-def held_out_loss(model: Transformer, batches: np.ndarray) -> float:
-    """Mean next-byte loss over [count, batch, seq + 1], nats a byte."""
+def held_out_loss(model: Transformer, batches: Sequence[Windows]) -> float:
+    """Mean next-byte loss over batches [batch, seq + 1], nats a byte."""
     losses = [_loss_of_batch(model, put_batch(model, tokens)) for tokens in batches]
     return float(np.mean(jax.device_get(losses)))
 
 
-def put_batch(model: Transformer, tokens: np.ndarray) -> jax.Array:
-    """Spreads sequences over the devices, if they can be spread evenly."""
+def put_batch(model: Transformer, tokens: np.ndarray | Windows) -> jax.Array:
+    """Spreads sequences over the devices, if they can be spread evenly.
+
+    Each process asks for the rows of its own devices only.
+    """
     mesh = model.group.mesh
     axes = mesh.axis_names if tokens.shape[0] % mesh.size == 0 else None
     sharding = NamedSharding(mesh, PartitionSpec(axes))
-    # Devices may belong to other processes, which make the rest of the array.
     return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
