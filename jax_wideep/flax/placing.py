@@ -105,7 +105,7 @@ def replace_experts(model: nnx.Module, placements: Placement, *others: nnx.Modul
             [variable[...] for variable in mine], layer.places.get(), new, layer.config.group, donate=True
         )
         for variable, array in zip(mine, moved, strict=True):
-            variable[...] = array
+            variable.set_value(array)
     for module, state in zip(modules, states, strict=True):
         nnx.update(module, state)
     for number, layer in enumerate(layers.values()):
