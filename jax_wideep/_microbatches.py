@@ -18,7 +18,7 @@ Exchanges are ordered by data dependence, the same way on every rank, and the ba
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,7 +73,7 @@ def throughput(
     x: Float[jax.Array, "tokens hidden"],
     topk_weights: Float[jax.Array, "tokens k"],
     params: Any,
-    plans: Sequence[DispatchPlan],
+    plans: list[DispatchPlan],
     experts: _rounds.WeighedExperts,
     *,
     round_capacity: int | None,
@@ -95,49 +95,42 @@ def throughput(
     """
     number = len(plans)
     plans = [checkpoint_name(plan, PLAN) for plan in plans]
-    xs, weights = jnp.array_split(x, number), jnp.array_split(topk_weights, number)
-    batches: list[_rounds.Operands] = [(*pair, params) for pair in zip(xs, weights, strict=True)]
+    operands: _rounds.Operands = (jnp.array_split(x, number), jnp.array_split(topk_weights, number), params)
 
-    def first_round(batches: list[_rounds.Operands], plans: list[DispatchPlan]) -> list[jax.Array]:
-        return _first_round(experts, batches, plans)
+    def first_round(operands: _rounds.Operands, plans: list[DispatchPlan]) -> list[jax.Array]:
+        return _first_round(experts, operands, plans)
 
     if keep_nothing:
         first_round = jax.checkpoint(first_round)
     if round_capacity is None or all(plan.capacity <= round_capacity for plan in plans):
-        return jnp.concatenate(first_round(batches, plans))
+        return jnp.concatenate(first_round(operands, plans))
 
     # The same axes for all, so that their gradients can be summed in one loop.
-    leaves, tree = jax.tree.flatten(batches)
-    batches = jax.tree.unflatten(tree, _ffi.vary(leaves, tuple(_ffi.varying_axes(plans[0].dest_row))))
-    collected = [
-        _rounds.collect_gradients(experts, round_capacity, batch, plan)
-        for batch, plan in zip(batches, plans, strict=True)
-    ]
+    leaves, tree = jax.tree.flatten(operands)
+    operands = jax.tree.unflatten(tree, _ffi.vary(leaves, tuple(_ffi.varying_axes(plans[0].dest_row))))
+    collected, wires = _rounds.collect_gradients(experts, round_capacity, operands, plans)
     parts = [checkpoint_name(_rounds.round_of(plan, 0, round_capacity), PLAN) for plan in plans]
-    outs = first_round([operands for operands, _ in collected], parts)
+    outs = first_round(collected, parts)
     with jax.named_scope("wideep_further_rounds"):
-        for i, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
-            if i:
-                outs[i] = _after(outs[i], outs[i - 1])
-            batch = jax.lax.stop_gradient(batch)
-            outs[i] = _rounds.further_rounds(experts, round_capacity, outs[i], collected[i][1], batch, plan)
-    return jnp.concatenate(outs)
+        operands = jax.lax.stop_gradient(operands)
+        return jnp.concatenate(_rounds.further_rounds(experts, round_capacity, outs, wires, operands, plans))
 
 
 def _first_round(
-    experts: _rounds.WeighedExperts, batches: list[_rounds.Operands], plans: list[DispatchPlan]
+    experts: _rounds.WeighedExperts, operands: _rounds.Operands, plans: list[DispatchPlan]
 ) -> list[jax.Array]:
+    xs, weights, params = operands
     if len(plans) > 1:  # no dispatch before all plans are made
         plans = _after(plans, ())
     # No op looks at rows past the plan's, so nobody has to clear them.
     received: list[tuple[jax.Array, jax.Array]] = []
-    for (x, topk_weights, _), plan in zip(batches, plans, strict=True):
+    for x, topk_weights, plan in zip(xs, weights, plans, strict=True):
         with jax.named_scope("wideep_dispatch"):
             if received:
                 x = _after(x, received[-1][0])
             received.append(checkpoint_name(dispatch(x, topk_weights, plan, zero_tail=False), ROWS))
     outs: list[jax.Array] = []
-    for (rows, row_weights), (_, _, params), plan in zip(received, batches, plans, strict=True):
+    for (rows, row_weights), plan in zip(received, plans, strict=True):
         y, row_weights = experts(rows, row_weights, params, plan.group_sizes)
         with jax.named_scope("wideep_combine"):
             if outs:

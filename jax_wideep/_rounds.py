@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_wideep import _ffi
-from jax_wideep._types import Bool, Float, Float32, Int32
+from jax_wideep._types import Bool, Float, Int32
 from jax_wideep.exchange import combine, dispatch
 from jax_wideep.plan import DispatchPlan, backend_of
 
@@ -28,8 +28,8 @@ from jax_wideep.plan import DispatchPlan, backend_of
 Experts = Callable[[jax.Array, Any, jax.Array], jax.Array]
 # What comes between dispatch and combine: (rows, row_weights, parameters, group_sizes) -> (y, row_weights).
 WeighedExperts = Callable[[Any, jax.Array, Any, jax.Array], tuple[jax.Array, jax.Array]]
-# x, topk_weights, and the experts' parameters.
-Operands = tuple[Float[jax.Array, "tokens hidden"], Float32[jax.Array, "tokens k"], Any]
+# x and topk_weights of each microbatch, and the experts' parameters.
+Operands = tuple[list[Float[jax.Array, "tokens hidden"]], list[Float[jax.Array, "tokens k"]], Any]
 
 
 def num_rounds(plan: DispatchPlan, capacity: int) -> Int32[jax.Array, ""]:
@@ -80,70 +80,82 @@ def _sizes_inside(group_sizes: jax.Array, first: jax.Array, end: jax.Array) -> j
 # ---- further rounds, and their gradients ----
 # further_rounds adds their outputs to the first round's; collect_gradients, which comes before the first round, adds
 # their gradients to its own. Where there are none, nothing is added. Between the two runs a wire: zeros that nobody
-# reads, whose cotangent is the output's.
+# reads, whose cotangent is the output's. All microbatches go through one loop: XLA orders the collectives of one
+# computation, not those of two loops that do not depend on each other.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def collect_gradients(
-    experts: WeighedExperts, capacity: int, operands: Operands, plan: DispatchPlan
-) -> tuple[Operands, jax.Array]:
+    experts: WeighedExperts, capacity: int, operands: Operands, plans: list[DispatchPlan]
+) -> tuple[Operands, list[jax.Array]]:
     """The operands for the first round, and the wire."""
-    return operands, jnp.zeros_like(operands[0])
+    return operands, [jnp.zeros_like(x) for x in operands[0]]
 
 
-def _collect_fwd(experts, capacity, operands, plan):
-    return collect_gradients(experts, capacity, operands, plan), (operands, plan)
+def _collect_fwd(experts, capacity, operands, plans):
+    return collect_gradients(experts, capacity, operands, plans), (operands, plans)
 
 
 def _collect_bwd(experts, capacity, residuals, cotangents):
-    (x, topk_weights, params), plan = residuals
-    gradients, dout = cotangents
-    backend = backend_of(plan.group)
+    (xs, weights, params), plans = residuals
+    gradients, douts = cotangents
+    backend = backend_of(plans[0].group)
 
-    def one_round(number, total):
-        part = round_of(plan, number, capacity)
-        rows, row_weights = dispatch(x, topk_weights, part, zero_tail=False)
-        (y, row_weights), backward = jax.vjp(
-            lambda *differentiated: experts(*differentiated, part.group_sizes), rows, row_weights, params
-        )
-        dy, drow_weights = backend.combine_grad(dout, y, row_weights, part, False)
-        drows, drow_weights, dparams = backward((dy, drow_weights))
-        dx, dweights = backend.dispatch_grad(drows, drow_weights, part)
-        return jax.tree.map(_add, total, (dx, dweights, dparams))
+    def one_round(number, totals):
+        sums, dparams = [], totals[2]
+        for x, topk_weights, plan, dout in zip(xs, weights, plans, douts, strict=True):
+            part = round_of(plan, number, capacity)
+            rows, row_weights = dispatch(x, topk_weights, part, zero_tail=False)
+            (y, row_weights), backward = jax.vjp(
+                functools.partial(_call, experts, part.group_sizes), rows, row_weights, params
+            )
+            dy, drow_weights = backend.combine_grad(dout, y, row_weights, part, False)
+            drows, drow_weights, more = backward((dy, drow_weights))
+            dparams = jax.tree.map(_add, dparams, more)
+            sums.append(backend.dispatch_grad(drows, drow_weights, part))
+        dxs, dweights = map(list, zip(*sums, strict=True))
+        return *jax.tree.map(_add, totals[:2], (dxs, dweights)), dparams
 
-    return _add_rounds(plan, capacity, one_round, gradients), None
+    return _add_rounds(plans, capacity, one_round, gradients), None
 
 
 collect_gradients.defvjp(_collect_fwd, _collect_bwd)
+
+
+def _call(experts, group_sizes, rows, row_weights, params):
+    return experts(rows, row_weights, params, group_sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def further_rounds(
     experts: WeighedExperts,
     capacity: int,
-    out: Float[jax.Array, "tokens hidden"],
-    wire: jax.Array,
+    outs: list[Float[jax.Array, "tokens hidden"]],
+    wires: list[jax.Array],
     operands: Operands,
-    plan: DispatchPlan,
-) -> Float[jax.Array, "tokens hidden"]:
-    """The first round's output plus that of all others."""
-    x, topk_weights, params = operands
+    plans: list[DispatchPlan],
+) -> list[Float[jax.Array, "tokens hidden"]]:
+    """The first round's outputs plus those of all others."""
+    xs, weights, params = operands
 
-    def one_round(number, total):
-        part = round_of(plan, number, capacity)
-        rows, row_weights = dispatch(x, topk_weights, part, zero_tail=False)
-        y, row_weights = experts(rows, row_weights, params, part.group_sizes)
-        return _add(total, combine(y, row_weights, part, zero_tail=False))
+    def one_round(number, totals):
+        more = []
+        for x, topk_weights, plan in zip(xs, weights, plans, strict=True):
+            part = round_of(plan, number, capacity)
+            rows, row_weights = dispatch(x, topk_weights, part, zero_tail=False)
+            y, row_weights = experts(rows, row_weights, params, part.group_sizes)
+            more.append(combine(y, row_weights, part, zero_tail=False))
+        return jax.tree.map(_add, totals, more)
 
-    return _add_rounds(plan, capacity, one_round, out)
+    return _add_rounds(plans, capacity, one_round, outs)
 
 
-def _further_fwd(experts, capacity, out, wire, operands, plan):
-    return further_rounds(experts, capacity, out, wire, operands, plan), None
+def _further_fwd(experts, capacity, outs, wires, operands, plans):
+    return further_rounds(experts, capacity, outs, wires, operands, plans), None
 
 
-def _further_bwd(experts, capacity, _, dout):
-    return dout, dout, None, None
+def _further_bwd(experts, capacity, _, douts):
+    return douts, douts, None, None
 
 
 further_rounds.defvjp(_further_fwd, _further_bwd)
@@ -154,10 +166,10 @@ def _add(total: jax.Array, more: jax.Array) -> jax.Array:
 
 
 def _add_rounds(
-    plan: DispatchPlan, capacity: int, one_round: Callable[[jax.Array, Any], Any], first: Any
+    plans: list[DispatchPlan], capacity: int, one_round: Callable[[jax.Array, Any], Any], first: Any
 ) -> Any:
     """`first` plus rounds 1, 2, .., summed in float32 and rounded once; `first` itself if there are none."""
-    rounds = num_rounds(plan, capacity)
+    rounds = functools.reduce(jnp.maximum, [num_rounds(plan, capacity) for plan in plans])
 
     def add(first: Any) -> Any:
         wide = jax.tree.map(lambda array: array.astype(jnp.float32), first)
