@@ -206,7 +206,11 @@ class Job:
                 self._drain()
             finally:
                 self._end()
-        return 0 if self._first is None else _exit_status(self._first)
+        if self._first is None:
+            return 0
+        if not self._was_told(self._first):
+            self._report(self._first)
+        return _exit_status(self._first)
 
     def _start(self) -> None:
         width = len(str(len(self._environments) - 1))
@@ -252,15 +256,23 @@ class Job:
         if self._first is not None:
             return
         self._first = process
-        if self._signals and _exit_status(process) in {128 + number for number in self._signals}:
-            return  # as it was told to; the others are on their way
-        self._say(f"{_describe(process, len(self._processes))}; it was the first. The end of its output:")
-        for line in process.last_lines or ["(nothing)"]:
-            self._log.write(f"{process.prefix}{line}\n".encode())
-        self._log.flush()
+        if self._was_told(process):
+            return  # the others are on their way
+        self._say(f"{_describe(process, len(self._processes))}; ending the others")
         if self._deadline is None:
             self._deadline = time.monotonic() + self._grace_s
         self._signal_running(signal.SIGTERM)
+
+    def _was_told(self, process: _Process) -> bool:
+        """Whether it ended as one does on a signal that was passed on."""
+        return _exit_status(process) in {128 + number for number in self._signals}
+
+    def _report(self, process: _Process) -> None:
+        """Last of all, below what the other processes had to say."""
+        self._say(f"first failure: {_describe(process, len(self._processes))}. The end of its output:")
+        for line in process.last_lines or ["(nothing)"]:
+            self._log.write(f"{process.prefix}{line}\n".encode())
+        self._log.flush()
 
     def _forward(self, number: int, times: int) -> None:
         self._signal_running(number if times < 3 else signal.SIGKILL)
