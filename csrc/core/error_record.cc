@@ -104,7 +104,8 @@ std::string Describe(const ErrorRecord& record, double deadline_s, int top_k) {
       }
       break;
   }
-  text << ". The group cannot be used any more: close it and make a new one";
+  text << ". The group cannot be used any more: close it and make a new one, or mask ranks that "
+          "are gone (mask_ranks)";
   return text.str();
 }
 

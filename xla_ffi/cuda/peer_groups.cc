@@ -88,12 +88,26 @@ Status PeerGroups::Find(const char* op, int64_t id, int32_t device,
   return rank->Check();
 }
 
-Status PeerGroups::Check(int64_t id) {
+PeerGroups::Ranks PeerGroups::RanksOf(int64_t id) {
   const std::lock_guard<std::mutex> lock(mutex_);
   auto group = groups_.find(id);
-  if (group == groups_.end()) return Status();
-  for (const auto& [device, rank] : group->second) {
+  return group == groups_.end() ? Ranks() : group->second;
+}
+
+Status PeerGroups::Check(int64_t id) {
+  for (const auto& [device, rank] : RanksOf(id)) {
     if (Status status = rank->Check(); !status.ok()) return status;
+  }
+  return Status();
+}
+
+void PeerGroups::Wait(int64_t id) {
+  for (const auto& [device, rank] : RanksOf(id)) rank->memory->WaitForDevice();
+}
+
+Status PeerGroups::Mask(int64_t id, uint32_t masked) {
+  for (const auto& [device, rank] : RanksOf(id)) {
+    if (Status status = rank->memory->Reset(masked); !status.ok()) return status;
   }
   return Status();
 }

@@ -42,10 +42,17 @@ class PeerGroups {
   Status Find(const char* op, int64_t id, int32_t device, std::shared_ptr<const PeerRank>& rank);
   /// The same for all devices: OK, or what made one give up.
   Status Check(int64_t id);
+  /// Until no kernel of this process uses the group's devices.
+  void Wait(int64_t id);
+  /// Masks the ranks whose bit is set, in all groups side by side; see PeerGroup::Reset.
+  Status Mask(int64_t id, uint32_t masked);
 
  private:
   // By device.
   using Ranks = std::unordered_map<int32_t, std::shared_ptr<const PeerRank>>;
+
+  /// None if the group was closed.
+  Ranks RanksOf(int64_t id);
 
   std::mutex mutex_;
   int64_t next_id_ = 1;

@@ -97,6 +97,12 @@ int64_t OpenGroup(const std::vector<std::shared_ptr<PeerGroup>>& ranks, double d
   return PeerGroups::Global().Open(ranks, settings);
 }
 
+void MaskGroup(int64_t id, const std::vector<int>& ranks) {
+  uint32_t masked = 0;
+  for (const int rank : ranks) masked |= 1u << rank;
+  ThrowIf(PeerGroups::Global().Mask(id, masked));
+}
+
 }  // namespace
 
 void AddPeerGroups(nb::module_& m) {
@@ -135,6 +141,12 @@ void AddPeerGroups(nb::module_& m) {
   m.def(
       "close_group", [](int64_t id) { PeerGroups::Global().Close(id); }, nb::arg("id"),
       without_gil);
+  m.def(
+      "wait_for_group", [](int64_t id) { PeerGroups::Global().Wait(id); }, nb::arg("id"),
+      without_gil, "until this process's devices are idle");
+  m.def("mask_group", MaskGroup, nb::arg("id"), nb::arg("ranks"), without_gil,
+        "leaves these ranks out, takes the others back, and forgets errors; every process that "
+        "takes part has waited for the group, and launches nothing until all have returned");
   m.def(
       "group_error",
       [](int64_t id) -> std::optional<std::string> {
