@@ -6,13 +6,14 @@ import dataclasses
 import os
 import warnings
 import weakref
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from jax_wideep import _ffi, _peer_transport
+from jax_wideep import _ffi, _masking, _peer_transport
 from jax_wideep._peer_transport import CombineForm, DispatchForm
 
 # Thirty years; the clock counts nanoseconds in 64 bits.
@@ -81,6 +82,7 @@ class ExpertGroup:
     _transport: _CpuTransport | _peer_transport.PeerTransport | _NoTransport = dataclasses.field(
         init=False, repr=False
     )
+    _masked: tuple[int, ...] = dataclasses.field(init=False, repr=False, default=())
 
     def __post_init__(self) -> None:
         axis = (self.axis,) if isinstance(self.axis, str) else tuple(self.axis)
@@ -138,7 +140,7 @@ class ExpertGroup:
         A kernel cannot raise: when a rank waits past the deadline, all ranks end the exchange with unspecified
         results, and the next exchange on the group raises. Where there may be no next one, or exchanges are replayed
         from a command buffer, call this once the results are ready (`jax.block_until_ready`). A group that failed
-        stays so: close it and make a new one.
+        stays so: close it and make a new one, or call `mask_ranks`, which forgets the failure.
 
         Raises:
           jax.errors.JaxRuntimeError: naming the op, the rank that gave up and the one it waited for.
@@ -150,6 +152,61 @@ class ExpertGroup:
     @property
     def closed(self) -> bool:
         return self._transport.closed
+
+    # ---- masked ranks ----
+
+    @property
+    def masked_ranks(self) -> tuple[int, ...]:
+        """The ranks that are left out."""
+        return self._masked
+
+    def mask_ranks(self, ranks: Iterable[int]) -> None:
+        """Leaves out `ranks` from now on, and takes back all others; `mask_ranks([])` takes back everybody.
+
+        Called outside of tracing and between steps: results are ready (`jax.block_until_ready`). The other ranks'
+        memory stays as it is, and compiled functions go on without being compiled again. A selection of an expert
+        on a masked rank is dropped: it has no row, its gate weight gets a zero gradient, and it counts in
+        `overflow` at home, under overflow="error" too. The weights of a token's other experts stay as they are;
+        nothing is renormalised. `tokens_per_expert` counts what the ranks that are left selected, on whatever rank.
+        Nobody waits for a masked rank, or reads or writes its memory; where it runs the program all the same, its
+        exchanges end at once, with an empty plan, no rows and zeros.
+
+        Across processes this is collective: all that hold a rank which is not masked call it, with the same ranks.
+        So they do after a failure, once their step has raised, and may go on: the group forgets the failure. A
+        process that was only left out comes back when all, itself too, take its ranks back; one that has ended
+        cannot. Where groups lie side by side on a mesh, the ranks are masked in all of them. JAX's own collectives
+        know nothing of masks: a program that goes on without a process must do without them, and without a layer's
+        statistics.
+
+        Redo a step that failed from its beginning: what a group received before a change (`Received`, residuals of
+        low-latency ops, halves under way) does not go with what it does afterwards. A DispatchPlan does: its
+        selections of masked ranks are dropped, and rows from masked ranks are zero.
+
+        Raises:
+          ValueError: no such rank, no rank left, the backend "xla" (whose collectives wait for every rank), a closed
+            group, or different ranks on different processes.
+          RuntimeError: a process did not come; nothing has changed then.
+        """
+        masked = tuple(sorted(set(ranks)))
+        if self.closed:
+            raise ValueError("ExpertGroup.mask_ranks: expected an open group, got one that was closed")
+        for rank in masked:
+            if not isinstance(rank, (int, np.integer)) or not 0 <= rank < self.num_ranks:
+                raise ValueError(
+                    f"ExpertGroup.mask_ranks: ranks: expected ranks in [0, {self.num_ranks}), got {rank!r}"
+                )
+        if len(masked) == self.num_ranks:
+            raise ValueError(
+                f"ExpertGroup.mask_ranks: ranks: expected at least one of {self.num_ranks} to be left, got {masked}"
+            )
+        if isinstance(self._transport, _NoTransport):
+            raise ValueError(
+                "ExpertGroup.mask_ranks: expected a compiled backend, got backend='xla', whose collectives wait for "
+                "every rank; mask selections with -1 in topk_idx instead"
+            )
+        masked = tuple(int(rank) for rank in masked)
+        _masking.change(self._transport, _devices_by_rank(self), masked, self.deadline_s)
+        object.__setattr__(self, "_masked", masked)
 
     def __enter__(self) -> ExpertGroup:
         return self
@@ -247,6 +304,12 @@ class _CpuTransport:
 
     def error(self) -> str | None:
         return None  # exchanges report their errors themselves
+
+    def wait(self) -> None:
+        pass  # results are ready, so exchanges are done
+
+    def mask(self, ranks: Sequence[int]) -> None:
+        self._module.mask_group(self.handle, list(ranks))
 
     def close(self) -> None:
         if not self.closed:
