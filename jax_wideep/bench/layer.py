@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 import jax_wideep as wep
 from jax_wideep._swiglu import swiglu_of_groups
@@ -84,7 +83,7 @@ def run(settings: LayerSettings) -> list[report.Record]:
             candidates[name, BOTH] = Candidate(on_ranks(mesh, _with_gradients(layer)))
 
         def make_inputs(repeat: int) -> tuple[jax.Array, ...]:
-            scale = np.asarray(settings.hidden**-0.5, jax.numpy.dtype(settings.dtype))
+            scale = jax.numpy.asarray(settings.hidden**-0.5, settings.dtype)
             inner = inner_size(settings.ffn, "swiglu")
             wi = draws.activations(settings.experts, settings.hidden, inner) * scale
             wo = draws.activations(settings.experts, settings.ffn, settings.hidden) * scale

@@ -7,6 +7,7 @@ device of this process; so it is the slowest rank that counts. With several proc
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -54,6 +55,17 @@ def put(mesh: Mesh, array: np.ndarray) -> jax.Array:
     """`array`, split over the ranks by its first axis; every process passes the whole array."""
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def draw_normal(mesh: Mesh, key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """Normal values of a global array, split over the ranks by its first axis; no rank draws another's part."""
+    return _normal(NamedSharding(mesh, PartitionSpec(AXIS)), shape, dtype)(key)
+
+
+@functools.lru_cache(maxsize=16)
+def _normal(sharding: NamedSharding, shape: tuple[int, ...], dtype: str) -> Callable[[jax.Array], jax.Array]:
+    draw = functools.partial(jax.random.normal, shape=shape, dtype=jnp.dtype(dtype))
+    return jax.jit(draw, out_shardings=sharding)
 
 
 def on_ranks(mesh: Mesh, function: Callable[..., Any], *, check_vma: bool = True) -> Callable[..., Any]:

@@ -107,6 +107,7 @@ class Draws:
     def __init__(self, settings: ExchangeSettings, mesh: jax.sharding.Mesh, *, warmup: int = 1):
         self._settings, self._mesh = settings, mesh
         self._rng = np.random.default_rng(settings.seed)
+        self._drawn = 0
         self.num_ranks = mesh.size
         self.topk_idx = [
             draws.draw_topk_idx(
@@ -145,9 +146,10 @@ class Draws:
         return int(wanted)
 
     def activations(self, *shape: int) -> jax.Array:
-        """Normal values in the rows' dtype, split over the ranks."""
-        dtype = jax.numpy.dtype(self._settings.dtype)
-        return measure.put(self._mesh, self._rng.standard_normal(shape, np.float32).astype(dtype))
+        """Normal values in the rows' dtype, split over the ranks by their first axis; drawn where they lie."""
+        self._drawn += 1
+        key = jax.random.fold_in(jax.random.key(self._settings.seed), self._drawn)
+        return measure.draw_normal(self._mesh, key, shape, self._settings.dtype)
 
     def tokens(self) -> jax.Array:
         """[ranks * tokens, hidden]."""

@@ -50,8 +50,9 @@ run() {
   case $1 in
     suite)
       for suite in exchange low_latency; do
-        one_process suite $captured --xla-flag=--xla_gpu_autotune_level=0 1 tests/gpu/${suite}_suite.py ${CHECKS:-}
-        processes suite $captured --xla-flag=--xla_gpu_autotune_level=0 "$gpus" tests/gpu/${suite}_suite.py ${CHECKS:-}
+        flags="$captured --xla-flag=--xla_gpu_autotune_level=0 --dump=captured_step"
+        one_process suite $flags 1 tests/gpu/${suite}_suite.py ${CHECKS:-}
+        processes suite $flags "$gpus" tests/gpu/${suite}_suite.py ${CHECKS:-}
       done ;;
     killed)
       processes killed --xla-flag=--xla_gpu_enable_command_buffer= "$gpus" tests/gpu/exchange_suite.py \
