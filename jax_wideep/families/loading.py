@@ -16,6 +16,7 @@ from jax_wideep.families import _sources, mapping
 from jax_wideep.families._safetensors import Checkpoint
 from jax_wideep.families.presets import Preset
 from jax_wideep.group import ExpertGroup
+from jax_wideep.placement import Placement
 
 Params = dict[str, jax.Array]
 
@@ -32,8 +33,9 @@ def load_layer(
 ) -> None:
     """Fills a `jax_wideep.flax.MoE` with the weights of one layer of a Hugging Face checkpoint.
 
-    Each process reads the rows of the experts that its devices host, and what is whole on every rank. The layer may
-    be abstract (from `nnx.eval_shape`): then nothing is allocated before the weights are there.
+    Each process reads the rows of the experts that its devices host, replicas included, and what is whole on every
+    rank. A layer without a placement may be abstract (from `nnx.eval_shape`): then nothing is allocated before the
+    weights are there.
 
     Args:
       layer: made with `preset.make_layer`, or with the same settings.
@@ -75,6 +77,7 @@ def load_layer(
         number,
         prefix=prefix,
         param_dtype=config.param_dtype,
+        placement=None if layer.places is None else layer.places.get(),
         cast=cast,
         progress=progress,
     )
@@ -89,6 +92,7 @@ def load_params(
     *,
     prefix: str | None = None,
     param_dtype: Any = None,
+    placement: Placement | None = None,
     cast: bool = False,
     progress: bool = True,
 ) -> Params:
@@ -101,14 +105,25 @@ def load_params(
       checkpoint, preset, number, prefix, cast, progress: as in load_layer.
       group: says where experts live.
       param_dtype: of what the router does not need in float32; None is that of the checkpoint.
+      placement: where experts and their replicas lie; None if the group's experts are the model's.
 
     Raises:
-      ValueError: as load_layer.
+      ValueError: as load_layer; or the group has another number of experts than the preset, or the placement.
     """
     op = "load_params"
+    logical = (
+        np.arange(preset.router.num_experts)
+        if placement is None
+        else np.asarray(placement.logical_of_physical)
+    )
+    if group.num_experts != len(logical):
+        raise ValueError(
+            f"{op}: group: expected one of {len(logical)} experts, got one of {group.num_experts}; make it with "
+            "preset.make_group, or pass the placement"
+        )
     prefix = _find_prefix(checkpoint, preset, number) if prefix is None else prefix.format(number=number)
     wanted = [
-        _Wanted(op, checkpoint, preset, prefix, group, name, shape, param_dtype, cast)
+        _Wanted(op, checkpoint, preset, prefix, group, logical, name, shape, param_dtype, cast)
         for name, shape in mapping.parameter_shapes(preset).items()
     ]
     with progress_bar(sum(param.nbytes() for param in wanted), f"layer {number}", progress) as advance:
@@ -125,21 +140,23 @@ class _Wanted:
         preset: Preset,
         prefix: str,
         group: ExpertGroup,
+        logical: np.ndarray,
         name: str,
         shape: tuple[int, ...],
         param_dtype: Any,
         cast: bool,
     ):
-        self.name, self.shape = name, shape
+        self.name, self.logical = name, logical
+        self.shape = (len(logical), *shape[1:]) if name in mapping.OF_EXPERTS else shape
         self.sharding = _sharding(group, name)
         self.ranges = {
-            self._range(index) for index in self.sharding.addressable_devices_indices_map(shape).values()
+            self._range(index) for index in self.sharding.addressable_devices_indices_map(self.shape).values()
         }
         # tensor's name -> its values and the pieces that it is made of
         self.tensors: dict[str, tuple[_sources.Source, list[mapping.Piece]]] = {}
         for piece in mapping.pieces(preset):
-            hosted = piece.expert is None or any(start <= piece.expert < stop for start, stop in self.ranges)
-            if piece.param == name and hosted:
+            hosted = (piece.rows(*span) for at in self.ranges for span in self._spans(*at))
+            if piece.param == name and any(hosted):
                 tensor = prefix + piece.tensor
                 if tensor not in self.tensors:
                     self.tensors[tensor] = _sources.locate(op, checkpoint, tensor, piece.shape), []
@@ -159,13 +176,23 @@ class _Wanted:
         start, stop, _ = index[0].indices(self.shape[0])
         return start, stop
 
+    def _spans(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Rows [start, stop) of the parameter as rows of the model's, which has no replicas and is in order."""
+        if self.name not in mapping.OF_EXPERTS:
+            return [(start, stop)]
+        ends = np.flatnonzero(np.diff(self.logical[start:stop], append=-1) != 1) + 1
+        begins = [0, *ends[:-1]]
+        first = [int(self.logical[start + begin]) for begin in begins]
+        return [(at, at + int(end - begin)) for at, begin, end in zip(first, begins, ends, strict=True)]
+
     def nbytes(self) -> int:
         """Bytes that `load` reads."""
         total = 0
-        for start, stop in self.ranges:
-            for source, pieces in self.tensors.values():
-                rows = pieces[0].rows(start, stop)
-                total += source.nbytes(*rows) if rows else 0
+        for at in self.ranges:
+            for span in self._spans(*at):
+                for source, pieces in self.tensors.values():
+                    rows = pieces[0].rows(*span)
+                    total += source.nbytes(*rows) if rows else 0
         return total
 
     def load(self, advance: Callable[[int], Any]) -> jax.Array:
@@ -174,7 +201,8 @@ class _Wanted:
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             key = self._range(index)
             if key not in read:
-                read[key] = self._read(*key, advance)
+                parts = [self._read(*span, advance) for span in self._spans(*key)]
+                read[key] = parts[0] if len(parts) == 1 else np.concatenate(parts)
             return read[key]
 
         return jax.make_array_from_callback(self.shape, self.sharding, shard)
@@ -203,7 +231,7 @@ def assign(layer: Any, params: Mapping[str, Any]) -> None:
     Raises:
       ValueError: a name is missing or unknown, or a shape is not the layer's.
     """
-    shapes = mapping.parameter_shapes(layer.config)
+    shapes = {name: layer.parameter(name).shape for name in mapping.parameter_shapes(layer.config)}
     if set(params) != set(shapes):
         raise ValueError(
             f"assign: params: expected {sorted(shapes)}, got {sorted(params)}; is the preset that of the layer?"

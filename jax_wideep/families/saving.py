@@ -97,11 +97,24 @@ def save_layers(
 class _Param:
     """A parameter to save, and the tensors that it makes up."""
 
-    def __init__(self, array: Any, tensors: dict[str, list[mapping.Piece]], dtype: np.dtype):
-        self.array, self.tensors, self.dtype = array, tensors, dtype
+    def __init__(
+        self, array: Any, tensors: dict[str, list[mapping.Piece]], dtype: np.dtype, logical: np.ndarray | None
+    ):
+        self.array, self.tensors, self.dtype, self.logical = array, tensors, dtype, logical
 
-    def _shards(self) -> Iterator[tuple[int, int, Any]]:
-        """[start, stop) and values of the rows that this process writes: of each, one process does."""
+    def _shards(self) -> Iterator[tuple[int, int, Any, int]]:
+        """What this process writes, everything once over all processes: rows [start, stop) of the model's parameter,
+        and the array that holds them, from which row on."""
+        for start, stop, data in self._physical_shards():
+            if self.logical is None:
+                yield start, stop, data, 0
+                continue
+            for at in range(start, stop):
+                expert = int(self.logical[at])
+                if expert not in self.logical[:at]:  # replicas are alike
+                    yield expert, expert + 1, data, at - start
+
+    def _physical_shards(self) -> Iterator[tuple[int, int, Any]]:
         rows = self.array.shape[0]
         if not isinstance(self.array, jax.Array):
             if jax.process_index() == 0:
@@ -115,15 +128,15 @@ class _Param:
     def nbytes(self, layout: _safetensors.Layout) -> int:
         """Bytes that `save` writes."""
         total = 0
-        for start, stop, _ in self._shards():
+        for start, stop, *_ in self._shards():
             for tensor, pieces in self.tensors.items():
                 first, last = pieces[0].rows(start, stop) or (0, 0)
                 total += (last - first) * layout.tensors[tensor].row_bytes
         return total
 
     def save(self, layout: _safetensors.Layout, advance: Callable[[int], Any]) -> None:
-        for start, stop, values in self._shards():
-            values = np.asarray(values)
+        for start, stop, data, at in self._shards():
+            values = np.asarray(data)[at : at + stop - start]
             for name, pieces in self.tensors.items():
                 span = pieces[0].rows(start, stop)
                 if span is None:
@@ -139,10 +152,16 @@ class _Param:
 
 def _params_of(op: str, layer: Any, preset: Preset, prefix: str, dtype: Any) -> list[_Param]:
     shapes = mapping.parameter_shapes(preset)
+    logical = None
     if isinstance(layer, Mapping):
         arrays = dict(layer)
     else:
         arrays = {name: layer.parameter(name)[...] for name in mapping.parameter_shapes(layer.config)}
+        if layer.places is not None:
+            logical = np.asarray(layer.places.get().logical_of_physical)
+            shapes |= {
+                name: (len(logical), *shapes[name][1:]) for name in mapping.OF_EXPERTS if name in shapes
+            }
     for name in (*shapes, *(set(arrays) - set(shapes))):
         expected, got = shapes.get(name), np.shape(arrays[name]) if name in arrays else None
         if expected is None or expected != got:
@@ -162,7 +181,12 @@ def _params_of(op: str, layer: Any, preset: Preset, prefix: str, dtype: Any) -> 
     for piece in mapping.pieces(preset):
         tensors[piece.param].setdefault(prefix + piece.tensor, []).append(piece)
     return [
-        _Param(arrays[name], tensors[name], np.dtype(np.float32) if name in mapping.STORED_FLOAT32 else dtype)
+        _Param(
+            arrays[name],
+            tensors[name],
+            np.dtype(np.float32) if name in mapping.STORED_FLOAT32 else dtype,
+            logical if name in mapping.OF_EXPERTS else None,
+        )
         for name in shapes
     ]
 
