@@ -67,6 +67,26 @@ def make_plan(topk_idx: np.ndarray, num_experts: int, capacity: int) -> Plan:
     return plan
 
 
+def mask_ranks(topk_idx: np.ndarray, num_experts: int, masked) -> tuple[np.ndarray, np.ndarray]:
+    """topk_idx with -1 for what a mask drops, [ranks, tokens, k], and how many that are on each rank."""
+    rank_of_expert = np.repeat(np.arange(len(topk_idx)), num_experts // len(topk_idx))
+    drops = (topk_idx >= 0) & np.isin(rank_of_expert[topk_idx], list(masked))
+    drops[list(masked)] = topk_idx[list(masked)] >= 0
+    return np.where(drops, -1, topk_idx), drops.sum(axis=(1, 2)).astype(np.int32)
+
+
+def make_masked_plan(topk_idx: np.ndarray, num_experts: int, capacity: int, masked) -> Plan:
+    """The plan under a mask; `tokens_per_expert` is [ranks, experts]."""
+    kept, dropped = mask_ranks(topk_idx, num_experts, masked)
+    plan = make_plan(kept, num_experts, capacity)
+    taking_part = [rank for rank in range(len(topk_idx)) if rank not in masked]
+    wanted = make_plan(topk_idx[taking_part], num_experts, capacity).tokens_per_expert
+    plan.tokens_per_expert = np.zeros((len(topk_idx), num_experts), np.int32)
+    plan.tokens_per_expert[taking_part] = wanted
+    plan.overflow += dropped
+    return plan
+
+
 def dispatch(x: np.ndarray, weights: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     num_ranks, capacity = plan.row_source.shape
     top_k = weights.shape[2]

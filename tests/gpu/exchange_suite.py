@@ -2,9 +2,10 @@
 
     python tests/gpu/launch.py 8 tests/gpu/exchange_suite.py [check ..]
 
-Every process computes what all ranks should get and compares its own. Default: all checks but `killed`, which ends a
-process on purpose and is the last of its job. Run with --xla-flag=--xla_gpu_graph_min_graph_size=1 and
---dump=captured_step, XLA captures even single ops, and `captured` looks for it.
+Every process computes what all ranks should get and compares its own. Default: all checks but `killed` and
+`killed_then_masked`, which end processes on purpose: each is the last of its job. Run with
+--xla-flag=--xla_gpu_graph_min_graph_size=1 and --dump=captured_step, XLA captures even single ops, and `captured` looks
+for it.
 """
 
 from __future__ import annotations
@@ -84,13 +85,12 @@ def whole_step(world, group, capacity, **options):
     return lambda *arrays: step(*arrays, scale)
 
 
-def check_step(world, got, x, weights, topk_idx, cotangent, capacity, dtype):
-    plan = oracle.make_plan(topk_idx, LOCAL_EXPERTS * world.num_ranks, capacity)
+def check_step(world, got, x, weights, topk_idx, cotangent, capacity, dtype, masked=()):
+    plan = oracle.make_masked_plan(topk_idx, LOCAL_EXPERTS * world.num_ranks, capacity, masked)
     for name, array in got["plan"].items():
         want = getattr(plan, name)
         for rank, mine in world.local(array).items():
-            expected = want if name == "tokens_per_expert" else want[rank]
-            np.testing.assert_array_equal(mine, np.atleast_1d(expected), f"{name} of rank {rank}")
+            np.testing.assert_array_equal(mine, np.atleast_1d(want[rank]), f"{name} of rank {rank}")
     rows, row_weights = oracle.dispatch(x, weights, plan)
     y = (rows.astype(np.float32) * np.float32(SCALE)).astype(x.dtype)
     kept = plan.dest_rank >= 0
@@ -119,11 +119,11 @@ def check_step(world, got, x, weights, topk_idx, cotangent, capacity, dtype):
             )
 
 
-def run_and_check(world, step, inputs, capacity, dtype, seed):
+def run_and_check(world, step, inputs, capacity, dtype, seed, masked=()):
     x, weights, topk_idx = inputs
     cotangent = np.random.default_rng(seed).normal(size=x.shape).astype(x.dtype)
     got = step(*(world.put(array) for array in (x, weights, topk_idx, cotangent)))
-    check_step(world, got, x, weights, topk_idx, cotangent, capacity, dtype)
+    check_step(world, got, x, weights, topk_idx, cotangent, capacity, dtype, masked)
 
 
 # ---- values and gradients ----
@@ -210,6 +210,27 @@ def check_fp8(world):
                 for array, expected in zip(got, want, strict=True):
                     for rank, mine in world.local(array).items():
                         np.testing.assert_array_equal(mine.view(np.uint8), expected[rank].view(np.uint8))
+
+
+def check_masked(world):
+    """Ranks are masked and taken back, all processes being there; nothing is compiled again."""
+    if world.num_ranks == 1 or world.backend == "xla":
+        return
+    worst = world.num_ranks * TOKENS * TOP_K
+    last = world.num_ranks - 1
+    masks = [[last], [0, last] if last > 1 else [0], [], list(range(1, world.num_ranks)), []]
+    for path in PATHS:
+        for dtype, capacity in ((jnp.bfloat16, worst), (jnp.float32, TOKENS * TOP_K // 2)):
+            with world.group(**settings(world), **PATHS[path]) as group:
+                step = whole_step(world, group, capacity)
+                for seed, masked in enumerate(masks):
+                    group.mask_ranks(masked)
+                    assert group.masked_ranks == tuple(masked)
+                    for routing in ({"masked": 0.1}, {"kind": "hot"}):
+                        inputs = draw(world, seed, 256, dtype, **routing)
+                        run_and_check(world, step, inputs, capacity, dtype, seed, masked)
+                    group.check()
+                    world.barrier()  # results of all ranks are ready
 
 
 # ---- the same bits, under transformations ----
@@ -439,11 +460,46 @@ def check_killed(world):
     os._exit(0)
 
 
+def check_killed_then_masked(world):
+    """A process ends between two steps; the others leave its rank out and go on, twice. The last check of a job."""
+    if world.backend != "cuda" or world.num_processes < 3:
+        return
+    victims = [world.num_ranks - 1, world.num_ranks - 2]
+    capacity = world.num_ranks * TOKENS * TOP_K
+    group = world.group(**settings(world), deadline_s=DEADLINE_S)
+    step = whole_step(world, group, capacity)
+    for number, victim in enumerate(victims[: world.num_ranks - 2]):
+        masked = sorted(victims[:number])
+        run_and_check(world, step, draw(world, 17, 256, jnp.bfloat16), capacity, jnp.bfloat16, 18, masked)
+        world.barrier(absent=masked)
+        if world.process == victim:
+            os._exit(PLANNED_DEATH)
+        x, weights, topk_idx = draw(world, 19, 256, jnp.bfloat16)
+        cotangent = np.random.default_rng(20).normal(size=x.shape).astype(x.dtype)
+        arrays = [world.put(array) for array in (x, weights, topk_idx, cotangent)]
+        # Each of the step's five kernels finds out by itself, or is told.
+        expect_failure(group, step, arrays, ["make_plan: ", f"for rank {victim}"], DEADLINE_S)
+        masked = sorted([*masked, victim])
+        group.mask_ranks(masked)
+        group.check()
+        for seed in range(3):
+            inputs = draw(world, seed, 256, jnp.bfloat16, kind="zipf" if seed else "uniform")
+            run_and_check(world, step, inputs, capacity, jnp.bfloat16, seed, masked)
+        group.check()
+    group.close()
+    world.say("killed_then_masked: ok")
+    world.barrier(absent=masked)
+    if world.process == 0:
+        time.sleep(1)  # the others leave before the coordination service does
+    os._exit(0)
+
+
 CHECKS = {
     "values": check_values,
     "few_tokens": check_few_tokens,
     "tail": check_tail,
     "fp8": check_fp8,
+    "masked": check_masked,
     "repeats": check_repeats,
     "transforms": check_transforms,
     "captured": check_captured,
@@ -451,12 +507,15 @@ CHECKS = {
     "bad_index": check_bad_index,
     "delayed": check_delayed,
     "killed": check_killed,
+    "killed_then_masked": check_killed_then_masked,
 }
+# They end processes, and the job.
+LAST = ("killed", "killed_then_masked")
 
 
 def main() -> None:
     world = World()
-    names = sys.argv[1:] or [name for name in CHECKS if name != "killed"]
+    names = sys.argv[1:] or [name for name in CHECKS if name not in LAST]
     for name in names:
         began = time.monotonic()
         CHECKS[name](world)

@@ -7,6 +7,7 @@
 #   cpp       the C++ test with virtual ranks in one process
 #   sanitize  a small part of it under compute-sanitizer, its four tools at once
 #   suite     low_latency_suite.py at each of $RANKS processes that share the GPU (default: 1 2 3 4 8), under MPS
+#   killed    a process dies; the others leave its rank out and go on
 #   bench     benchmarks/low_latency.cu: JSON lines to $LOGS/low_latency.jsonl, from them table and plot
 #   loop      benchmarks/low_latency_gpu.py: 60 exchanges in one compiled step, at each of $LOOP_RANKS processes (default:
 #             8), with the launch overhead by the kernels' times in $KERNELS (default: those of bench)
@@ -52,6 +53,7 @@ for name in ${@:-cpp suite}; do
       for ranks in $RANKS; do
         launch 110 suite --xla-flag=--xla_gpu_graph_min_graph_size=1 "$ranks" tests/gpu/low_latency_suite.py ${CHECKS:-}
       done ;;
+    killed) launch 60 killed --xla-flag=--xla_gpu_enable_command_buffer= 4 tests/gpu/low_latency_suite.py killed_then_masked ;;
     bench)
       rm -f "$LOGS/low_latency.jsonl"
       step 200 bench "$BUILD_DIR/low_latency_benchmark" --json="$LOGS/low_latency.jsonl" ${BENCH:-} &&

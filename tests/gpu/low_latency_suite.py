@@ -3,17 +3,22 @@
     python tests/gpu/launch.py 8 tests/gpu/low_latency_suite.py [check ..]
     WIDEEP_CPU_RANKS=4 python tests/gpu/low_latency_suite.py values loop
 
-Every process computes what all ranks should get and compares its own. `bad_index` ends the group, not the job.
+Every process computes what all ranks should get and compares its own. `bad_index` ends the group, not the job;
+`killed_then_masked`, which is not among the default checks, ends processes and is the last of its job.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+from launch import PLANNED_DEATH
 from world import World
 
 import jax_wideep as wep
@@ -59,8 +64,7 @@ def exchange(group, quantize, halves, zero_tail=True):
     return forward
 
 
-def check_case(world, group, dtype, quantize_wire, halves, tokens, seed, **routing):
-    x, weights, topk_idx, cotangent = draw(world, seed, dtype, tokens, **routing)
+def whole_call(world, group, quantize_wire, halves):
     forward = exchange(group, quantize_wire, halves)
 
     def body(x, weights, topk_idx, cotangent, scale):
@@ -71,9 +75,15 @@ def check_case(world, group, dtype, quantize_wire, halves, tokens, seed, **routi
         received = {"rows": recv.rows, "counts": recv.counts, "row_source": recv.row_source}
         return {"out": out, "dx": dx, "dweights": dweights, **received}
 
-    scale = np.full((world.num_ranks, 1), SCALE, np.float32)
-    got = world.on_ranks(body)(*(world.put(array) for array in (x, weights, topk_idx, cotangent, scale)))
+    return world.on_ranks(body)
 
+
+def check_case(world, call, dtype, quantize_wire, tokens, seed, masked=(), **routing):
+    x, weights, topk_idx, cotangent = draw(world, seed, dtype, tokens, **routing)
+    scale = np.full((world.num_ranks, 1), SCALE, np.float32)
+    got = call(*(world.put(array) for array in (x, weights, topk_idx, cotangent, scale)))
+
+    topk_idx, _ = oracle.mask_ranks(topk_idx, LOCAL_EXPERTS * world.num_ranks, masked)
     sent = x
     if quantize_wire == "fp8":
         sent = oracle.dequantize(*oracle.quantize(x), x.dtype)
@@ -124,7 +134,58 @@ def check_values(world):
                 for halves in (False, True):
                     for tokens, routing in zip((1, 5, CHUNK, 3), routings, strict=True):
                         seed += 1
-                        check_case(world, group, dtype, wire, halves, tokens, seed, **routing)
+                        call = whole_call(world, group, wire, halves)
+                        check_case(world, call, dtype, wire, tokens, seed, **routing)
+
+
+def check_masked(world):
+    """Ranks are masked and taken back, all processes being there; nothing is compiled again."""
+    if world.num_ranks == 1 or world.backend == "xla":
+        return
+    last = world.num_ranks - 1
+    masks = [[last], [0, last] if last > 1 else [0], [], list(range(1, world.num_ranks)), []]
+    with world.group(**settings(world)) as group:
+        for wire, halves in (("fp8", False), (None, True)):
+            call = whole_call(world, group, wire, halves)
+            for seed, masked in enumerate(masks):
+                group.mask_ranks(masked)
+                for repeat in range(3):
+                    check_case(
+                        world, call, jnp.bfloat16, wire, CHUNK, 10 * seed + repeat, masked, kind="zipf"
+                    )
+                group.check()
+                world.barrier()  # results of all ranks are ready
+
+
+def check_killed_then_masked(world):
+    """A process ends between two calls; the others leave its rank out and go on. The last check of a job."""
+    if world.backend != "cuda" or world.num_processes < 3:
+        return
+    victim, deadline_s = world.num_ranks - 1, 1.0
+    group = world.group(**settings(world), deadline_s=deadline_s)
+    call = whole_call(world, group, "fp8", False)
+    check_case(world, call, jnp.bfloat16, "fp8", CHUNK, 1)
+    world.barrier()
+    if world.process == victim:
+        os._exit(PLANNED_DEATH)
+    with contextlib.suppress(AssertionError, jax.errors.JaxRuntimeError):
+        check_case(world, call, jnp.bfloat16, "fp8", CHUNK, 2)  # unspecified, until an op or check() raises
+    try:
+        group.check()
+    except jax.errors.JaxRuntimeError as error:
+        assert f"for rank {victim} " in str(error), error
+    else:
+        raise AssertionError("expected an error")
+    group.mask_ranks([victim])
+    for seed in range(4):
+        check_case(world, call, jnp.bfloat16, "fp8", CHUNK, seed, [victim], kind="zipf")
+    group.check()
+    group.close()
+    world.say("killed_then_masked: ok")
+    world.barrier(absent=[victim])
+    if world.process == 0:
+        time.sleep(1)  # the others leave before the coordination service does
+    os._exit(0)
 
 
 def check_kept(world):
@@ -191,11 +252,18 @@ def check_bad_index(world):
         raise AssertionError("a repeated expert went through")
 
 
-CHECKS = {"values": check_values, "kept": check_kept, "loop": check_loop, "bad_index": check_bad_index}
+CHECKS = {
+    "values": check_values,
+    "kept": check_kept,
+    "masked": check_masked,
+    "loop": check_loop,
+    "bad_index": check_bad_index,
+    "killed_then_masked": check_killed_then_masked,
+}
 
 
 def main():
-    names = sys.argv[1:] or list(CHECKS)
+    names = sys.argv[1:] or [name for name in CHECKS if name != "killed_then_masked"]
     world = World()
     for name in names:
         CHECKS[name](world)

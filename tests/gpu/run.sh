@@ -7,7 +7,8 @@
 #   cpp       the C++ test with virtual ranks in one process
 #   sanitize  a part of it under compute-sanitizer, its four tools at once
 #   suite     exchange_suite.py at each of $RANKS processes that share the GPU (default: 1 2 3 4 8), under MPS
-#   killed    failures without command buffers: the next call raises too; a process dies, the others say which
+#   killed    failures without command buffers: the next call raises too; a process dies, the others say which; and
+#             then leave its rank out and go on
 #   kernels   benchmarks/exchange.cu with $KERNELS (default: --sweep), virtual ranks in one process
 #   bench     benchmarks/exchange_gpu.py with $BENCH, at 8 processes
 #
@@ -48,7 +49,9 @@ for name in ${@:-cpp suite killed}; do
     killed)
       start_mps
       step 60 killed python3 tests/gpu/launch.py --timeout 50 --xla-flag=--xla_gpu_enable_command_buffer= \
-        4 tests/gpu/exchange_suite.py bad_index delayed killed ;;
+        4 tests/gpu/exchange_suite.py bad_index delayed killed
+      step 60 killed python3 tests/gpu/launch.py --timeout 50 --xla-flag=--xla_gpu_enable_command_buffer= \
+        4 tests/gpu/exchange_suite.py killed_then_masked ;;
     kernels) step 300 kernels "$BUILD_DIR/exchange_benchmark" "--json=$LOGS/exchange.jsonl" ${KERNELS:---sweep} ;;
     bench)
       start_mps
