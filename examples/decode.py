@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import numpy as np
 import tyro
+from flax import nnx
 from lm import training
 from lm.checkpoint import Checkpoints
 from lm.generation import generate
@@ -27,6 +29,9 @@ from rich.text import Text
 import jax_wideep as wep
 from jax_wideep.bench import measure
 from jax_wideep.bench.settings import Processes
+from jax_wideep.flax import placing
+from jax_wideep.flax.transformer import Transformer
+from jax_wideep.load import imbalance
 
 console = Console()
 
@@ -39,6 +44,7 @@ class Options:
       devices: CPU devices to make; where JAX finds GPUs, all of those are used.
       checkpoint: folder of checkpoints; none decodes with random weights.
       model: sizes of the model with random weights; a checkpoint has its own.
+      place: place experts where the prompts' load says before decoding; for models with --redundant-experts.
       batch: sequences decoded at once, over all devices.
       prompt: bytes of a prompt, taken from the held-out files.
       new_tokens: bytes to add to each.
@@ -53,6 +59,7 @@ class Options:
     devices: int = 8
     checkpoint: Path | None = None
     model: tyro.conf.OmitArgPrefixes[ModelSizes] = dataclasses.field(default_factory=ModelSizes)
+    place: bool = False
     batch: int = 8
     prompt: int = 128
     new_tokens: int = 128
@@ -79,11 +86,31 @@ def main(options: Options) -> None:
 
     corpus = read_corpus(options.data, options.pattern)
     prompts = corpus.held_out_batches(1, options.batch, options.prompt)[0][:]
+    if options.place:
+        place_experts(model, prompts)
     result = generate(model, prompts, options.new_tokens, temperature=options.temperature, seed=options.seed)
     for prompt, tokens in zip(prompts[: options.show], result.tokens, strict=False):
         text = Text(as_text(prompt), style="dim")
         console.print(Panel(text.append(as_text(tokens), style="bold not dim"), title="prompt, continued"))
     console.print(result.summary(), highlight=False, soft_wrap=True)
+
+
+def place_experts(model: Transformer, prompts: np.ndarray) -> None:
+    """Replicates the prompts' hot experts, and spreads experts so that all ranks have about the same work."""
+
+    @nnx.jit
+    def count(model: Transformer, tokens: jax.Array) -> wep.MoEStats:
+        return model(tokens, return_stats=True)[1]
+
+    tokens = training.put_batch(model, prompts.astype(np.int32))
+    before = count(model, tokens)
+    load = np.asarray(before.tokens_per_expert)
+    placing.replace_experts(model, placing.compute_placements(model, load=load))
+    after = count(model, tokens)
+    console.print(
+        f"Most rows of a rank over the mean, worst layer: {imbalance(before.rows_per_rank).max():.2f} before, "
+        f"{imbalance(after.rows_per_rank).max():.2f} after placing experts by the prompts' load"
+    )
 
 
 if __name__ == "__main__":

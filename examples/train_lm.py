@@ -31,8 +31,10 @@ from rich.console import Console
 
 import jax_wideep as wep
 from jax_wideep import launch
+from jax_wideep.flax import placing
 from jax_wideep.flax.transformer import Transformer
 from jax_wideep.group import Backend
+from jax_wideep.load import layer_records
 
 console = Console(soft_wrap=True)
 
@@ -49,6 +51,7 @@ class Options:
       microbatches: parts of a step's batch that are computed one after the other, to save memory.
       seq: bytes of a sequence.
       model: sizes of the model.
+      replace_every: steps between two placements of the experts where their load says; needs --redundant-experts.
       learning_rate: the highest of the schedule.
       warmup: steps until then; by default a tenth of all, at most 20.
       final_learning_rate: at the end of the cosine, as a fraction of the highest.
@@ -71,6 +74,7 @@ class Options:
     microbatches: int = 1
     seq: int = 128
     model: tyro.conf.OmitArgPrefixes[ModelSizes] = dataclasses.field(default_factory=ModelSizes)
+    replace_every: int = 0
     learning_rate: float = 3e-3
     warmup: int | None = None
     final_learning_rate: float = 0.0
@@ -152,8 +156,11 @@ def train(options: Options) -> Run:
                 held_out = record["held_out_loss"] = training.held_out_loss(model, batches)
             log.write(record)
             progress.step(record, held_out)
-            # Here, between two steps, no exchange is under way: whatever changes the layers for the steps to come,
-            # such as another placement of the experts, belongs here, before the state is saved.
+            # Here, between two steps, no exchange is under way: whatever changes the layers for the steps to come
+            # belongs here, before the state is saved.
+            if options.replace_every and step % options.replace_every == 0:
+                placing.replace_experts(model, placing.compute_placements(model), optimizer)
+                log.write({"step": step, "replaced": True})
             stopped_by = stop.agreed()
             last = step == options.steps or stopped_by
             if checkpoints and (last or step % options.checkpoint_every == 0):
@@ -192,7 +199,7 @@ class StepRecords:
             "tokens_per_s": self._tokens / seconds,
             "step_s": seconds,
             "mfu": None if self._peak is None else self._flops / seconds / self._peak,
-            "layers": metrics.layer_records(report, self._num_ranks),
+            "layers": layer_records(report.stats),
         }
 
 
@@ -202,6 +209,7 @@ def describe(options: Options, model: Transformer) -> dict[str, Any]:
     device = group.mesh.devices.flat[0]
     return {
         "num_experts": config.num_experts,
+        "redundant_experts": config.redundant_experts,
         "top_k": config.top_k,
         "hidden": config.hidden,
         "ffn": config.ffn,
@@ -225,6 +233,10 @@ def describe(options: Options, model: Transformer) -> dict[str, Any]:
 
 
 def _check(options: Options, num_ranks: int) -> None:
+    if options.replace_every and options.model.redundant_experts is None:
+        raise ValueError(
+            "replace_every: expected 0 without a placement of experts; pass --redundant-experts, 0 or more"
+        )
     if options.batch % (options.microbatches * num_ranks) and options.microbatches > 1:
         raise ValueError(
             f"batch: expected a multiple of microbatches * devices = {options.microbatches} * {num_ranks}, got "

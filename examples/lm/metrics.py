@@ -4,7 +4,8 @@
 the settings. Then one object a step; what is not known is left out:
 
     {"step": 1, "loss": 5.54, "learning_rate": 1.5e-4, "tokens_per_s": 9100.0, "step_s": 0.22, "mfu": 0.31,
-     "held_out_loss": 5.5, "layers": [{"tokens_per_expert": [..], "rows_per_rank": [..], "dropped": 0}, ..]}
+     "held_out_loss": 5.5,
+     "layers": [{"tokens_per_expert": [..], "rows_per_rank": [..], "dropped": 0, "spilled": 0}, ..]}
 
 `step` counts the steps done, the loss is that of its batch before the update (nats a byte), `held_out_loss` that after
 it. `rows_per_rank` are the selections of each rank's experts, those that were dropped included.
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+
+from jax_wideep.load import imbalance
 from tensorboardX import SummaryWriter
 
 from lm.training import StepReport
@@ -116,13 +118,15 @@ class MetricsLog:
         record = {name: value for name, value in record.items() if value is not None}
         self._file.write(json.dumps(record) + "\n")
         for name, value in record.items():
-            if name not in ("step", "layers"):
+            if name not in ("step", "layers", "replaced"):
                 self._board.add_scalar(name, value, record["step"])
         for number, layer in enumerate(record.get("layers", [])):
             for unit in ("expert", "rank"):
                 counts = layer["tokens_per_expert" if unit == "expert" else "rows_per_rank"]
-                self._board.add_scalar(f"load/layer{number}/{unit}", _imbalance(counts), record["step"])
-            self._board.add_scalar(f"dropped/layer{number}", layer["dropped"], record["step"])
+                self._board.add_scalar(f"load/layer{number}/{unit}", float(imbalance(counts)), record["step"])
+            for kind in ("dropped", "spilled"):
+                if kind in layer:
+                    self._board.add_scalar(f"{kind}/layer{number}", layer[kind], record["step"])
 
 
 def _imbalance(counts: Sequence[int]) -> float:

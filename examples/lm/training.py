@@ -14,8 +14,14 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_wideep as wep
+from jax_wideep.flax import placing
 from jax_wideep.flax.transformer import Transformer, TransformerConfig, make_transformer
 from lm.text import Windows
+
+
+_CLIP_NORM = 1.0
+# Of the average load that experts are placed by: it forgets half in 14 steps.
+_LOAD_DECAY = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +36,7 @@ class ModelSizes:
       experts: experts over all devices.
       top_k: experts a byte goes to.
       capacity_factor: rows a device can receive, as a multiple of the average; what is above is dropped.
+      redundant_experts: places in every layer for replicas of hot experts; none has no placement of experts.
       dtype: of parameters and computation. The router decides in float32 all the same, and the optimiser keeps
         float32 weights.
     """
@@ -41,6 +48,7 @@ class ModelSizes:
     experts: int = 16
     top_k: int = 2
     capacity_factor: float = 2.0
+    redundant_experts: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def config(self, **settings: Any) -> TransformerConfig:
@@ -53,6 +61,8 @@ class ModelSizes:
             num_experts=self.experts,
             top_k=self.top_k,
             capacity_factor=self.capacity_factor,
+            redundant_experts=self.redundant_experts,
+            load_decay=None if self.redundant_experts is None else _LOAD_DECAY,
             **{"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.dtype), **settings},
         )
 
@@ -75,13 +85,11 @@ class StepReport(NamedTuple):
 
     Attributes:
       loss: next-byte loss before the step's update, nats a byte, without the router's losses.
-      dropped: [layers] selections dropped.
-      tokens_per_expert: [layers, experts] selections.
+      stats: of the layers, each array with a leading axis of layers.
     """
 
     loss: jax.Array
-    dropped: jax.Array
-    tokens_per_expert: jax.Array
+    stats: wep.MoEStats
 
 
 def describe(model: Transformer) -> str:
@@ -130,10 +138,8 @@ def make_schedule(
 
 
 def make_optimizer(model: Transformer, learning_rate: optax.ScalarOrSchedule) -> nnx.Optimizer:
-    """AdamW with gradients clipped to norm 1; all its state is float32, whatever the parameters are."""
-    chain = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=0.01)
-    )
+    """AdamW; all its state is float32, whatever the parameters are. `train_step` clips the gradients."""
+    chain = optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=0.01)
     if model.config.param_dtype != jnp.float32:
         chain = with_float32_weights(chain)
     optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
@@ -211,7 +217,7 @@ def train_step(
     weights: LossWeights,
     microbatches: int = 1,
 ) -> StepReport:
-    """One update of the model and the optimiser, in place.
+    """One update of the model and the optimiser, in place, by gradients clipped to a norm of 1.
 
     Args:
       model: the model.
@@ -246,8 +252,13 @@ def train_step(
         zeros = jax.tree.map(lambda kind: jnp.zeros(kind.shape, _sum_dtype(kind.dtype)), kinds)
         (gradients, loss, stats), _ = jax.lax.scan(accumulate, zeros, parts)
         gradients, loss = jax.tree.map(lambda sums: sums / microbatches, (gradients, loss))
-    optimizer.update(model, gradients)
-    return StepReport(loss, stats.overflow, stats.tokens_per_expert)
+    # Replicas of an expert get the gradient that the expert would have, and count once in the norm.
+    gradients = placing.sum_replica_gradients(model, gradients)
+    scale = jnp.minimum(1.0, _CLIP_NORM / jnp.maximum(placing.global_norm(model, gradients), 1e-12))
+    optimizer.update(model, jax.tree.map(lambda gradient: gradient * scale, gradients))
+    if model.config.load_decay is not None:
+        model.update_load(stats)
+    return StepReport(loss, stats)
 
 
 def _sum_dtype(dtype: Any) -> Any:
