@@ -12,7 +12,10 @@ HOST_SOURCES = [
     "csrc/ep/low_latency_host.cc",
     "csrc/ep/plan_host.cc",
     "csrc/ep/row_kernels_select.cc",
+    "csrc/transport/host_arena.cc",
+    "csrc/transport/host_peers.cc",
     "csrc/transport/host_rendezvous.cc",
+    "csrc/transport/host_staging.cc",
 ]
 
 HOST_HEADERS = [
@@ -28,8 +31,12 @@ HOST_HEADERS = [
     "csrc/ep/low_latency_host.h",
     "csrc/ep/plan_host.h",
     "csrc/ep/row_kernels.h",
+    "csrc/ep/sent_host.h",
     "csrc/ep/token_tasks.h",
+    "csrc/transport/host_arena.h",
+    "csrc/transport/host_peers.h",
     "csrc/transport/host_rendezvous.h",
+    "csrc/transport/host_staging.h",
 ]
 
 # Compiled once per instruction set; row_kernels_select.cc picks at run time.
@@ -58,6 +65,7 @@ CPP_TESTS = [
     "tests/cpp/elastic_threads_test.cc",
     "tests/cpp/exchange_test.cc",
     "tests/cpp/low_latency_test.cc",
+    "tests/cpp/masked_test.cc",
     "tests/cpp/plan_test.cc",
     "tests/cpp/rendezvous_test.cc",
     "tests/cpp/row_kernels_test.cc",

@@ -1,5 +1,7 @@
 """How the processes of a group meet while it is set up: small records and file descriptors from each to all.
 
+Both transports between processes use it, for their settings, versions and builds to be equal, too.
+
 Records go through the key-value store of JAX's coordination service; descriptors through a Unix socket, since all
 processes that exchange them are on one host. Every step is collective: all processes call it, in the same order.
 """
@@ -7,7 +9,9 @@ processes that exchange them are on one host. Every step is collective: all proc
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import hmac
+import importlib.metadata
 import json
 import os
 import secrets
@@ -15,11 +19,15 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, Protocol
 
 # Groups that this process has begun to make, by the processes that take part.
 _meetings: Counter[tuple[int, ...]] = Counter()
+
+#: How long processes wait for each other at the most while a group is made.
+TIMEOUT_S = 120.0
 
 _MAX_DESCRIPTORS = 250  # the kernel takes 253 a message
 _HEADER = struct.Struct("!32sII")  # token, process, descriptors
@@ -35,6 +43,10 @@ class Store(Protocol):
 
 class BootstrapError(RuntimeError):
     """A process did not come, or what came was not understood."""
+
+
+class UnavailableError(Exception):
+    """This mesh cannot use the transport; the same on every process."""
 
 
 class _StrangerError(BootstrapError):
@@ -80,23 +92,30 @@ class Bootstrap:
                 f"processes of {self.processes} must make the same ExpertGroups in the same order"
             ) from error
 
-    def all_gather_descriptors(self, descriptors: Sequence[int]) -> dict[int, list[int]]:
+    def all_gather_descriptors(
+        self, descriptors: Sequence[int] | Mapping[int, Sequence[int]]
+    ) -> dict[int, list[int]]:
         """Every other process's descriptors by process, in the order it gave them. The caller closes them.
+
+        `descriptors` go to all other processes; a mapping says which go to which process.
 
         Only processes of the same user take part: the socket's credentials are looked at, and a secret that went
         through the store is asked for.
         """
-        if len(descriptors) > _MAX_DESCRIPTORS:
-            raise BootstrapError(f"expected at most {_MAX_DESCRIPTORS} descriptors, got {len(descriptors)}")
+        others = [p for p in self.processes if p != self.process]
+        given = descriptors if isinstance(descriptors, Mapping) else dict.fromkeys(others, descriptors)
+        most = max((len(numbers) for numbers in given.values()), default=0)
+        if most > _MAX_DESCRIPTORS:
+            raise BootstrapError(f"expected at most {_MAX_DESCRIPTORS} descriptors, got {most}")
         received: dict[int, list[int]] = {}
         try:
-            self._swap_descriptors(descriptors, received)
+            self._swap_descriptors(given, received)
         except BaseException:
             close_descriptors(received)
             raise
         return received
 
-    def _swap_descriptors(self, descriptors: Sequence[int], received: dict[int, list[int]]) -> None:
+    def _swap_descriptors(self, given: Mapping[int, Sequence[int]], received: dict[int, list[int]]) -> None:
         """A connection for each pair of processes, made by the later one."""
         token = secrets.token_bytes(32)
         address = f"\0wideep-{secrets.token_hex(16)}"  # abstract: no file, gone with the process
@@ -113,7 +132,7 @@ class Bootstrap:
                 peer.connect("\0" + hello[other]["address"])
                 _check_user(peer)
                 # At once: it lies in the socket until the other process accepts, so nobody waits in a circle.
-                _send(peer, bytes.fromhex(hello[other]["token"]), self.process, descriptors)
+                _send(peer, bytes.fromhex(hello[other]["token"]), self.process, given[other])
                 waiting[other] = peer
             later = set(self.processes[self.processes.index(self.process) + 1 :])
             while later:
@@ -135,7 +154,7 @@ class Bootstrap:
                         f"expected descriptors of processes {sorted(later)}, got process {sender}'s"
                     )
                 later.remove(sender)
-                _send(peer, bytes.fromhex(hello[sender]["token"]), self.process, descriptors)
+                _send(peer, bytes.fromhex(hello[sender]["token"]), self.process, given[sender])
             for other, peer in waiting.items():
                 sender, received[other] = _receive(peer, token)
                 if sender != other:
@@ -143,9 +162,56 @@ class Bootstrap:
 
 
 def host_id() -> str:
-    """The same in all processes of one running host, containers included."""
+    """The same in all processes that reach each other by Unix sockets: of one running host and network namespace.
+
+    Abstract sockets belong to the network namespace, so containers with networks of their own are hosts of their own.
+    """
     with open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
+        boot = file.read().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
+
+
+def versions() -> dict[str, str]:
+    """Of what has to be the same in all processes."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "jax_wideep")}
+
+
+def build_id(module: ModuleType) -> str:
+    """A hash of a compiled module."""
+    with open(str(module.__file__), "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()[:16]
+
+
+def agree(records: dict[int, dict[str, Any]]) -> None:
+    """Compares what the processes say of themselves: "obstacle", "host", "settings".
+
+    Raises:
+      ValueError: settings differ.
+      UnavailableError: a process has an obstacle, or they are on several hosts.
+    """
+    if all(record["settings"] for record in records.values()):
+        agree_on_settings(records)
+    for process, record in sorted(records.items()):
+        if record["obstacle"] is not None:
+            where = f" (process {process})" if len(records) > 1 else ""
+            raise UnavailableError(record["obstacle"] + where)
+    if len({record["host"] for record in records.values()}) > 1:
+        raise UnavailableError("the mesh spans several hosts")
+
+
+def agree_on_settings(records: dict[int, dict[str, Any]]) -> None:
+    difference = first_difference({p: record["settings"] for p, record in records.items()})
+    if difference is not None:
+        raise ValueError(
+            "ExpertGroup: expected the same settings, versions and build in all processes, got "
+            f"{difference}; start all processes with the same program and installation"
+        )
+
+
+def raise_first_error(records: dict[int, dict[str, Any]]) -> None:
+    for process, record in sorted(records.items()):
+        if record["error"] is not None:
+            raise UnavailableError(f"process {process}: {record['error']}")
 
 
 def first_difference(records: dict[int, dict[str, Any]]) -> str | None:

@@ -30,6 +30,9 @@ from jax.sharding import PartitionSpec
 # Oldest jaxlib whose CPU client runs more devices than threads without a hang in its own collectives.
 _JAXLIB_WITHOUT_THREAD_LIMIT = (0, 12)
 
+# Recorded after each compilation, also where it was a load from JAX's cache.
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
 # ---- the compiled modules ----
 
 
@@ -43,6 +46,9 @@ def cpu_module() -> ModuleType | None:
     jax.ffi.register_ffi_type("wideep_op_instance", module.op_instance_type(), platform="cpu")
     for target, handler in module.handlers().items():
         jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: module.executable_done() if event == _COMPILED else None
+    )
     return module
 
 
@@ -377,10 +383,10 @@ _dispatch_p = _exchange_primitive(
     "dispatch", _dispatch_outputs, _GROUP | _TAIL, cpu_operands=slice(5), cuda_attrs=_DISPATCH_FORM
 )
 _dispatch_grad_p = _exchange_primitive(
-    "dispatch_grad", _dispatch_grad_outputs, _GROUP, cpu_operands=slice(4), cuda_attrs=_COMBINE_FORM
+    "dispatch_grad", _dispatch_grad_outputs, _GROUP, cpu_operands=slice(6), cuda_attrs=_COMBINE_FORM
 )
 _combine_p = _exchange_primitive(
-    "combine", _combine_outputs, _GROUP, cpu_operands=slice(4), cuda_attrs=_COMBINE_FORM
+    "combine", _combine_outputs, _GROUP, cpu_operands=slice(6), cuda_attrs=_COMBINE_FORM
 )
 _combine_grad_p = _exchange_primitive(
     "combine_grad", _combine_grad_outputs, _GROUP | _TAIL, cpu_operands=slice(6), cuda_attrs={}

@@ -7,7 +7,6 @@ went for the others, so that all of them take the same decision.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from types import ModuleType
@@ -21,10 +20,7 @@ from jax_wideep import _bootstrap, _ffi
 DispatchForm = Literal["auto", "push", "pull"]
 CombineForm = Literal["auto", "pull", "push"]
 
-#: How long processes wait for each other while a group is made.
-BOOTSTRAP_TIMEOUT_S = 120.0
-
-_DEFAULT_NUM_SMS = 16
+_DEFAULT_NUM_SMS = 32
 _MIN_COMPUTE_CAPABILITY = 90
 # From this many rows of a token at a rank on, sending it there once is worth a second pass over the rows: the
 # extra pass reads and writes in the memory of the receiver, which is about ten times faster than the link.
@@ -56,10 +52,6 @@ class PeerSettings:
         return self.devices.shape[0]
 
 
-class UnavailableError(Exception):
-    """This mesh cannot use the transport; the same on every process."""
-
-
 @dataclasses.dataclass(frozen=True)
 class _Place:
     """A device of this process."""
@@ -89,6 +81,14 @@ class PeerTransport:
         """What made a rank of this process give up."""
         return None if self.closed else self._module.group_error(self.handle)
 
+    def wait(self) -> None:
+        """Until the GPUs of this process are idle; kernels that wait for a rank in vain end by the deadline."""
+        self._module.wait_for_group(self.handle)
+
+    def mask(self, ranks: Sequence[int]) -> None:
+        """Leaves out `ranks`, takes back all others, and forgets errors: see _masking."""
+        self._module.mask_group(self.handle, list(ranks))
+
     def close(self) -> None:
         """Waits for the GPUs of this process, at most the group's deadline, and frees the memory."""
         if not self.closed:
@@ -100,14 +100,14 @@ def connect(settings: PeerSettings) -> PeerTransport:
     """Makes the transport, on all processes of the mesh together.
 
     Raises:
-      UnavailableError: the mesh cannot use it, with the reason.
+      _bootstrap.UnavailableError: the mesh cannot use it, with the reason.
       ValueError: the processes' settings differ, or num_sms does not fit.
       RuntimeError: a process did not come.
     """
     module = _ffi.cuda_module()
     processes = {device.process_index for device in settings.devices.flat}
     meeting = _bootstrap.Bootstrap(
-        sorted(processes), jax.process_index(), _ffi.coordination_client(), BOOTSTRAP_TIMEOUT_S
+        sorted(processes), jax.process_index(), _ffi.coordination_client(), _bootstrap.TIMEOUT_S
     )
     places = [
         _Place(rank, subgroup, device)
@@ -115,7 +115,7 @@ def connect(settings: PeerSettings) -> PeerTransport:
         if device.process_index == jax.process_index()
     ]
     hello = meeting.all_gather("hello", _introduce(module, settings, places))
-    _agree(hello)
+    _bootstrap.agree(hello)
     assert module is not None  # otherwise an obstacle, above
     gpus = [gpu for record in hello.values() for gpu in record["gpus"]]
     num_sms = choose_num_sms(settings.num_sms, settings.num_ranks, gpus)
@@ -138,20 +138,20 @@ def connect(settings: PeerSettings) -> PeerTransport:
             ],
         },
     )
-    _raise_first_error(memory)
+    _bootstrap.raise_first_error(memory)
 
     try:
         _map_peers(meeting, places, ranks, memory)
     except (RuntimeError, OSError) as caught:
         error = str(caught)
     # Nobody launches before everybody has mapped everything.
-    _raise_first_error(meeting.all_gather("ready", {"error": error}))
+    _bootstrap.raise_first_error(meeting.all_gather("ready", {"error": error}))
     handle = module.open_group(ranks, settings.deadline_s, settings.top_k, settings.zero_copy == "auto")
     return PeerTransport(module, handle, num_sms, dispatch_form, combine_form)
 
 
 def choose_num_sms(asked: int | None, num_ranks: int, gpus: Sequence[dict[str, Any]]) -> int:
-    """`asked`, or by default 16, or as many as fit where ranks share a GPU: their blocks must all run at once.
+    """`asked`, or by default 32, or as many as fit where ranks share a GPU: their blocks must all run at once.
 
     A group of one rank takes its whole GPU by default: it waits for nobody, and rows stay in its memory.
     """
@@ -200,7 +200,8 @@ def _introduce(module: ModuleType | None, settings: PeerSettings, places: Sequen
         record["gpus"].append({"uuid": gpu["uuid"], "num_sms": gpu["num_sms"]})
     own = dataclasses.asdict(dataclasses.replace(settings, devices=np.zeros(0)))
     own["devices"] = [int(device.id) for device in settings.devices.flat]
-    own["_wideep_cuda"] = _build_id(module)
+    own.update(_bootstrap.versions())
+    own["_wideep_cuda"] = _bootstrap.build_id(module)
     record["settings"] = own
     return record
 
@@ -212,25 +213,6 @@ def _obstacle(module: ModuleType | None, settings: PeerSettings) -> str | None:
         if getattr(settings, name) > most:
             return f"{name} of at most {most} is supported, got {getattr(settings, name)}"
     return None
-
-
-def _build_id(module: ModuleType) -> str:
-    with open(str(module.__file__), "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()[:16]
-
-
-def _agree(hello: dict[int, dict[str, Any]]) -> None:
-    for process, record in sorted(hello.items()):
-        if record["obstacle"] is not None:
-            where = f" (process {process})" if len(hello) > 1 else ""
-            raise UnavailableError(record["obstacle"] + where)
-    if len({record["host"] for record in hello.values()}) > 1:
-        raise UnavailableError("the mesh spans several hosts")
-    difference = _bootstrap.first_difference({p: record["settings"] for p, record in hello.items()})
-    if difference is not None:
-        raise ValueError(
-            f"ExpertGroup: expected the same settings and the same build in all processes, got {difference}"
-        )
 
 
 def _allocate(
@@ -280,9 +262,3 @@ def _map_peers(
     finally:
         _bootstrap.close_descriptors(dict(enumerate(own)))
         _bootstrap.close_descriptors(received)
-
-
-def _raise_first_error(records: dict[int, dict[str, Any]]) -> None:
-    for process, record in sorted(records.items()):
-        if record["error"] is not None:
-            raise UnavailableError(f"process {process}: {record['error']}")

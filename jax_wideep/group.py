@@ -6,14 +6,14 @@ import dataclasses
 import os
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from jax_wideep import _ffi, _masking, _peer_transport
+from jax_wideep import _bootstrap, _ffi, _host_transport, _masking, _peer_transport
 from jax_wideep._peer_transport import CombineForm, DispatchForm
 
 # Thirty years; the clock counts nanoseconds in 64 bits.
@@ -40,12 +40,13 @@ class ExpertGroup:
         [r * local_experts, (r + 1) * local_experts).
       top_k: experts per token.
       hidden: hidden size, a multiple of 8 (of 128 for an FP8 wire).
-      backend: "cpu" (compiled, ranks are CPU devices of this process), "cuda" (compiled, GPUs), "xla" (JAX
-        collectives only; any devices, any number of hosts), or "auto": the compiled one for the mesh's
-        devices where it is built, otherwise "xla". After construction: the one chosen.
+      backend: "cpu" (compiled, ranks are CPU devices of this process or of several processes of one host, which
+        share memory), "cuda" (compiled, GPUs), "xla" (JAX collectives only; any devices, any number of hosts), or
+        "auto": the compiled one for the mesh's devices where it is built, otherwise "xla", with a warning. After
+        construction: the one chosen.
       chunk: most tokens per rank and call in the low-latency shape.
       deadline_s: seconds after which a rank that has not come is reported as missing.
-      num_sms: on the backend "cuda": SMs that an exchange uses on each rank; even, at least 2. None: 16, or as
+      num_sms: on the backend "cuda": SMs that an exchange uses on each rank; even, at least 2. None: 32, or as
         many as fit where ranks share a GPU; all of its GPU for a group of one rank. After construction: the number
         chosen.
       zero_copy: on the backend "cuda": "auto" moves rows between XLA's own buffers where peers can map them;
@@ -60,8 +61,11 @@ class ExpertGroup:
 
     The backend "cuda" needs GPUs of compute capability 9.0 on one host, at most 16 ranks, and peers that reach
     each other's memory. It maps the allocation that JAX's buffers come from, so leave JAX's memory preallocated
-    (XLA_PYTHON_CLIENT_PREALLOCATE): buffers elsewhere travel through the rings. Making such a group is collective:
-    all processes of the mesh make the same groups in the same order.
+    (XLA_PYTHON_CLIENT_PREALLOCATE): buffers elsewhere travel through the rings.
+
+    Making a group whose mesh spans processes is collective: all of them make the same groups in the same order, with
+    the same settings, versions and build. They wait for each other for `deadline_s` (at least 5 s, at most 120 s; 120
+    s on the backend "cuda").
 
     Raises:
       ValueError: naming the argument, what was expected and what to do.
@@ -79,8 +83,8 @@ class ExpertGroup:
     zero_copy: ZeroCopy = dataclasses.field(default="auto", kw_only=True)
     dispatch_form: DispatchForm = dataclasses.field(default="auto", kw_only=True)
     combine_form: CombineForm = dataclasses.field(default="auto", kw_only=True)
-    _transport: _CpuTransport | _peer_transport.PeerTransport | _NoTransport = dataclasses.field(
-        init=False, repr=False
+    _transport: _host_transport.HostTransport | _peer_transport.PeerTransport | _NoTransport = (
+        dataclasses.field(init=False, repr=False)
     )
     _masked: tuple[int, ...] = dataclasses.field(init=False, repr=False, default=())
 
@@ -294,49 +298,22 @@ class _NoTransport:
         self.closed = True
 
 
-class _CpuTransport:
-    """A group's entry in the compiled CPU backend."""
-
-    def __init__(self, module: Any, num_ranks: int, deadline_s: float, places: list[tuple[int, int, int]]):
-        self._module = module
-        self.handle: int = module.open_group(num_ranks, deadline_s, places)
-        self.closed = False
-
-    def error(self) -> str | None:
-        return None  # exchanges report their errors themselves
-
-    def wait(self) -> None:
-        pass  # results are ready, so exchanges are done
-
-    def mask(self, ranks: Sequence[int]) -> None:
-        self._module.mask_group(self.handle, list(ranks))
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self._module.close_group(self.handle)
+_Transport = _host_transport.HostTransport | _peer_transport.PeerTransport | _NoTransport
 
 
-def _open_transport(
-    group: ExpertGroup,
-) -> tuple[Backend, _CpuTransport | _peer_transport.PeerTransport | _NoTransport]:
+def _open_transport(group: ExpertGroup) -> tuple[Backend, _Transport]:
     """The backend for the group's mesh and what it owns there."""
     backend = _choose_backend(group.backend, group.mesh)
     devices = _devices_by_rank(group)
+    if _spans_processes(group.mesh) and {device.platform for device in devices.flat} == {"cpu"}:
+        return _open_across_processes(group, devices)
     if backend == "cpu":
-        # Which rank of which subgroup every device of the mesh is.
-        places = [(device.id, subgroup, rank) for (rank, subgroup), device in np.ndenumerate(devices)]
-        return backend, _CpuTransport(_ffi.cpu_module(), group.num_ranks, group.deadline_s, places)
+        return backend, _host_transport.open_local(group.num_ranks, group.deadline_s, devices)
     if backend != "cuda":
         return backend, _NoTransport()
-    names = [
-        field.name for field in dataclasses.fields(_peer_transport.PeerSettings) if field.name != "devices"
-    ]
-    values = {name: getattr(group, name) for name in names}
-    settings = {name: v.item() if isinstance(v, np.generic) else v for name, v in values.items()}
     try:
-        return backend, _peer_transport.connect(_peer_transport.PeerSettings(devices=devices, **settings))
-    except _peer_transport.UnavailableError as error:
+        return backend, _peer_transport.connect(_settings(_peer_transport.PeerSettings, group, devices))
+    except _bootstrap.UnavailableError as error:
         if group.backend == "cuda":
             raise ValueError(
                 f"ExpertGroup: backend: 'cuda' cannot run on this mesh: {error}; use backend='auto' or 'xla'"
@@ -345,6 +322,32 @@ def _open_transport(
             f"jax_wideep: GPUs exchange through JAX collectives (backend='xla'), since {error}", stacklevel=4
         )
     return "xla", _NoTransport()
+
+
+def _open_across_processes(group: ExpertGroup, devices: np.ndarray) -> tuple[Backend, _Transport]:
+    """Of a mesh of CPU devices of several processes: shared memory if all are on one host."""
+    try:
+        transport = _host_transport.connect(_settings(_host_transport.HostSettings, group, devices))
+        return ("xla", _NoTransport()) if transport is None else ("cpu", transport)
+    except _bootstrap.UnavailableError as error:
+        if group.backend == "cpu":
+            raise ValueError(
+                f"ExpertGroup: backend: 'cpu' cannot run on this mesh: {error}; use backend='auto' or 'xla'"
+            ) from error
+        warnings.warn(
+            f"jax_wideep: CPU devices exchange through JAX collectives (backend='xla'), since {error}",
+            stacklevel=5,
+        )
+    return "xla", _NoTransport()
+
+
+def _settings(kind: Any, group: ExpertGroup, devices: np.ndarray) -> Any:
+    """A transport's settings: the fields of the group that it asks for."""
+    names = [field.name for field in dataclasses.fields(kind) if field.name != "devices"]
+    values = {name: getattr(group, name) for name in names}
+    return kind(
+        devices=devices, **{name: v.item() if isinstance(v, np.generic) else v for name, v in values.items()}
+    )
 
 
 def _devices_by_rank(group: ExpertGroup) -> np.ndarray:
@@ -411,7 +414,6 @@ def _choose_backend(asked: str, mesh: jax.sharding.Mesh) -> Backend:
         )
     if asked in ("auto", "cuda") and platforms == {"gpu"}:
         return "cuda"  # if its transport can be made
-    local = all(device.process_index == jax.process_index() for device in mesh.devices.flat)
     built = _ffi.cpu_module() is not None
     if asked == "cpu":
         if platforms != {"cpu"}:
@@ -419,17 +421,12 @@ def _choose_backend(asked: str, mesh: jax.sharding.Mesh) -> Backend:
                 f"ExpertGroup: backend: 'cpu' needs a mesh of CPU devices, got {sorted(platforms)}; use "
                 "backend='auto', or a mesh of jax.devices('cpu')"
             )
-        if not local:
-            raise ValueError(
-                "ExpertGroup: backend: 'cpu' needs all devices of the mesh in this process, got a mesh that spans "
-                "processes; use backend='xla'"
-            )
         if not built:
             raise ValueError(
                 "ExpertGroup: backend: 'cpu' is not built into this installation (no module _wideep_cpu); run "
                 "`pip install .` with a C++17 compiler, or use backend='xla'"
             )
-    elif platforms != {"cpu"} or not local:
+    elif platforms != {"cpu"}:
         return "xla"
     elif not built:
         warnings.warn(
@@ -441,13 +438,18 @@ def _choose_backend(asked: str, mesh: jax.sharding.Mesh) -> Backend:
     return "cpu"
 
 
+def _spans_processes(mesh: jax.sharding.Mesh) -> bool:
+    return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
 def _check_cpu_threads(mesh: jax.sharding.Mesh) -> None:
     """XLA's CPU collectives, which run beside ours, can hang below two threads a device (jaxlib < 0.12)."""
-    needed = 2 * mesh.devices.size
+    num_devices = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
+    needed = 2 * num_devices
     threads = _ffi.cpu_client_threads()
     if _ffi.cpu_thread_limit_applies() and threads < needed:
         raise ValueError(
-            f"ExpertGroup: NPROC: expected at least {needed} threads for {mesh.devices.size} CPU devices on this "
-            f"jaxlib, got {threads}; call jax_wideep.use_cpu_devices({mesh.devices.size}) before JAX starts, or "
+            f"ExpertGroup: NPROC: expected at least {needed} threads for {num_devices} CPU devices on this "
+            f"jaxlib, got {threads}; call jax_wideep.use_cpu_devices({num_devices}) before JAX starts, or "
             f"set NPROC={needed} in the environment"
         )

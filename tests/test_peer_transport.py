@@ -99,7 +99,7 @@ def connect_all(monkeypatch):
 
     monkeypatch.setattr(_bootstrap, "Bootstrap", Meeting)
     monkeypatch.setattr(_ffi, "coordination_client", lambda: store)
-    monkeypatch.setattr(_peer_transport, "BOOTSTRAP_TIMEOUT_S", 10.0)
+    monkeypatch.setattr(_bootstrap, "TIMEOUT_S", 10.0)
     buffer = types.SimpleNamespace(unsafe_buffer_pointer=lambda: 4096)
     fake_jax = types.SimpleNamespace(
         process_index=lambda: here.process, device_put=lambda array, device: buffer
@@ -193,14 +193,14 @@ def test_what_stands_in_the_way_is_known_everywhere(connect_all):
     ):
         _ffi.coordination_client().values.clear()
         for error in connect_all([[0], [1]], module, **settings).values():
-            assert isinstance(error, _peer_transport.UnavailableError), error
+            assert isinstance(error, _bootstrap.UnavailableError), error
             assert words in str(error)
 
 
 def test_blocks_of_ranks_that_share_a_gpu_fit():
     gpu = {"uuid": "a", "num_sms": 132}
     other = {"uuid": "b", "num_sms": 132}
-    assert _peer_transport.choose_num_sms(None, 2, [gpu, other]) == 16
+    assert _peer_transport.choose_num_sms(None, 2, [gpu, other]) == 32
     assert _peer_transport.choose_num_sms(None, 8, [gpu] * 8) == 16
     assert _peer_transport.choose_num_sms(None, 11, [gpu] * 11) == 12
     assert _peer_transport.choose_num_sms(24, 5, [gpu] * 5) == 24

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 
 # The package's modules, lowest first. A module may import those before it, and its own submodules.
 PYTHON_LAYERS = (
-    "_types", "_ffi", "_bootstrap", "_masking", "_peer_transport", "group", "_check", "quantize", "reference", "plan",
-    "exchange", "low_latency", "_grouped_matmul_loop", "grouped_matmul", "_swiglu", "_expert_bias", "routing",
+    "_types", "_ffi", "_bootstrap", "_masking", "_host_transport", "_peer_transport", "group", "_check", "quantize",
+    "reference", "plan", "exchange", "low_latency", "_grouped_matmul_loop", "grouped_matmul", "_swiglu", "_expert_bias",
+    "routing",
     "placement", "_rounds", "_microbatches", "moe", "flax", "families", "bench",
 )  # fmt: skip
 

@@ -74,7 +74,7 @@ void Combine(const CombineShape& shape, std::vector<CombineBuffers> buffers, Wor
   auto ranks = std::make_shared<std::vector<CombineBuffers>>(std::move(buffers));
   const auto task = [=](int64_t index) {
     const CombineBuffers& home = (*ranks)[tasks.rank(index)];
-    if (home.masked) return;
+    if (home.masked || home.out == nullptr) return;
     const auto find = [&](int64_t token, TokenRows& found) {
       int order[kMaxTopK];
       const int64_t first = token * shape.top_k;
@@ -101,7 +101,7 @@ void DispatchGrad(const CombineShape& shape, std::vector<DispatchGradBuffers> bu
   auto ranks = std::make_shared<std::vector<DispatchGradBuffers>>(std::move(buffers));
   const auto task = [=](int64_t index) {
     const DispatchGradBuffers& home = (*ranks)[tasks.rank(index)];
-    if (home.masked) return;
+    if (home.masked || home.dx == nullptr) return;
     const auto find = [&](int64_t token, TokenRows& found) {
       int order[kMaxTopK];
       const int64_t first = token * shape.top_k;

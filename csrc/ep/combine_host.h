@@ -32,8 +32,11 @@ struct CombineBuffers {
   const float* row_weights;  // in  [capacity]
   const int32_t* dest_rank;  // in  [num_tokens, top_k]
   const int32_t* dest_row;   // in  [num_tokens, top_k]
-  void* out;                 // out [num_tokens, hidden]
+  void* out;                 // out [num_tokens, hidden]; null where the rank is in another process
   bool masked = false;       // the rank is left out: its arrays are not touched
+  // Where ranks are in several processes: what the others read.
+  const int32_t* num_rows = nullptr;    // in  []
+  const int32_t* row_source = nullptr;  // in  [capacity], as in PlanBuffers
 };
 
 /// out[token] = sum of row_weights * y over the token's rows, in float32, in order of (rank, k),
@@ -47,9 +50,11 @@ struct DispatchGradBuffers {
   const float* drow_weights;  // in  [capacity], cotangent of dispatch's row_weights
   const int32_t* dest_rank;   // in  [num_tokens, top_k]
   const int32_t* dest_row;    // in  [num_tokens, top_k]
-  void* dx;                   // out [num_tokens, hidden]
+  void* dx;                   // out [num_tokens, hidden]; null where in another process
   float* dweights;            // out [num_tokens, top_k]; 0 where masked or dropped
   bool masked = false;        // as above
+  const int32_t* num_rows = nullptr;
+  const int32_t* row_source = nullptr;
 };
 
 /// dx[token] = sum of drows over the token's rows; dweights[token, k] = drow_weights of its row.

@@ -19,6 +19,10 @@ void ZeroTail(void* rows, float* row_scalars, int64_t num_rows, int64_t capacity
   std::memset(row_scalars + num_rows, 0, (capacity - num_rows) * sizeof(float));
 }
 
+// Whether the rank takes part and its rows are in this process.
+bool WritesRows(const DispatchBuffers& rank) { return !rank.masked && rank.rows != nullptr; }
+bool WritesRows(const CombineGradBuffers& rank) { return !rank.masked && rank.dy != nullptr; }
+
 // Calls visit(rank, row) for rows below num_rows that no selection fills: rows from a rank that was
 // masked after the plan was made.
 template <typename Buffers, typename Visit>
@@ -28,13 +32,13 @@ void ForEachUnfilledRow(const DispatchShape& shape, const std::vector<Buffers>& 
   bool any_masked = false;
   for (size_t r = 0; r < ranks.size(); ++r) {
     any_masked = any_masked || ranks[r].masked;
-    if (!ranks[r].masked) filled[r].resize(*ranks[r].num_rows);
+    if (WritesRows(ranks[r])) filled[r].resize(*ranks[r].num_rows);
   }
   if (!any_masked) return;
   for (const Buffers& src : ranks) {
     for (int64_t s = 0; !src.masked && s < shape.num_tokens * shape.top_k; ++s) {
       const int32_t dst = src.dest_rank[s];
-      if (dst >= 0 && !ranks[dst].masked) filled[dst][src.dest_row[s]] = true;
+      if (dst >= 0 && WritesRows(ranks[dst])) filled[dst][src.dest_row[s]] = true;
     }
   }
   for (size_t r = 0; r < ranks.size(); ++r) {
@@ -60,7 +64,7 @@ void Dispatch(const DispatchShape& shape, std::vector<DispatchBuffers> buffers, 
     ZeroTail(rank.rows, rank.row_weights, row, row + 1, row_bytes);
   });
   for (const DispatchBuffers& rank : buffers) {
-    if (rank.masked) continue;
+    if (!WritesRows(rank)) continue;
     AdviseHugePages(rank.rows, RowsWritten(shape, *rank.num_rows) * row_bytes);
   }
   auto ranks = std::make_shared<std::vector<DispatchBuffers>>(std::move(buffers));
@@ -68,7 +72,7 @@ void Dispatch(const DispatchShape& shape, std::vector<DispatchBuffers> buffers, 
   const auto task = [=, &kernels](int64_t index) {
     if (index >= tasks.num_tasks()) {
       const DispatchBuffers& rank = (*ranks)[index - tasks.num_tasks()];
-      if (rank.masked) return;
+      if (!WritesRows(rank)) return;
       ZeroTail(rank.rows, rank.row_weights, *rank.num_rows, shape.capacity, row_bytes);
       return;
     }
@@ -79,7 +83,7 @@ void Dispatch(const DispatchShape& shape, std::vector<DispatchBuffers> buffers, 
       for (int64_t s = token * shape.top_k; s < (token + 1) * shape.top_k; ++s) {
         if (src.dest_rank[s] < 0) continue;
         const DispatchBuffers& dst = (*ranks)[src.dest_rank[s]];
-        if (dst.masked) continue;
+        if (!WritesRows(dst)) continue;
         kernels.copy(static_cast<char*>(dst.rows) + src.dest_row[s] * row_bytes, row, row_bytes,
                      stream);
         dst.row_weights[src.dest_row[s]] = src.weights[s];
@@ -99,7 +103,7 @@ void CombineGrad(const DispatchShape& shape, std::vector<CombineGradBuffers> buf
     ZeroTail(rank.dy, rank.drow_weights, row, row + 1, row_bytes);
   });
   for (const CombineGradBuffers& rank : buffers) {
-    if (rank.masked) continue;
+    if (!WritesRows(rank)) continue;
     AdviseHugePages(rank.dy, RowsWritten(shape, *rank.num_rows) * row_bytes);
   }
   auto ranks = std::make_shared<std::vector<CombineGradBuffers>>(std::move(buffers));
@@ -107,7 +111,7 @@ void CombineGrad(const DispatchShape& shape, std::vector<CombineGradBuffers> buf
   const auto task = [=, &kernels](int64_t index) {
     if (index >= tasks.num_tasks()) {
       const CombineGradBuffers& rank = (*ranks)[index - tasks.num_tasks()];
-      if (rank.masked) return;
+      if (!WritesRows(rank)) return;
       ZeroTail(rank.dy, rank.drow_weights, *rank.num_rows, shape.capacity, row_bytes);
       return;
     }
@@ -118,7 +122,7 @@ void CombineGrad(const DispatchShape& shape, std::vector<CombineGradBuffers> buf
       for (int64_t s = token * shape.top_k; s < (token + 1) * shape.top_k; ++s) {
         if (src.dest_rank[s] < 0) continue;
         const CombineGradBuffers& dst = (*ranks)[src.dest_rank[s]];
-        if (dst.masked) continue;
+        if (!WritesRows(dst)) continue;
         const int64_t row = src.dest_row[s];
         dst.drow_weights[row] = kernels.scale_and_dot(
             shape.dtype, static_cast<char*>(dst.dy) + row * row_bytes, dout, dst.row_weights[row],

@@ -33,7 +33,7 @@ struct DispatchBuffers {
   const int32_t* dest_rank;  // in  [num_tokens, top_k]
   const int32_t* dest_row;   // in  [num_tokens, top_k]
   const int32_t* num_rows;   // in  []
-  void* rows;                // out [capacity, hidden]
+  void* rows;                // out [capacity, hidden]; null where the rank is in another process
   float* row_weights;        // out [capacity]
   bool masked = false;       // the rank is left out: its arrays are not touched
 };
@@ -51,7 +51,7 @@ struct CombineGradBuffers {
   const int32_t* dest_rank;  // in  [num_tokens, top_k]
   const int32_t* dest_row;   // in  [num_tokens, top_k]
   const int32_t* num_rows;   // in  []
-  void* dy;                  // out [capacity, hidden]
+  void* dy;                  // out [capacity, hidden]; null where in another process
   float* drow_weights;       // out [capacity]
   bool masked = false;       // as above
 };

@@ -54,11 +54,12 @@ Status PlaceRows(const LowLatencyShape& shape, const std::vector<LowLatencyDispa
     placed.rank[s] = dst;
     placed.row[s] =
         static_cast<int32_t>(expert % local_experts * shape.rows_per_expert() + counts[expert]++);
+    if (ranks[dst].rows == nullptr) continue;
     ranks[dst].row_source[placed.row[s]] = static_cast<int32_t>(s);
   }
   for (int expert = 0; expert < shape.num_experts; ++expert) {
     const LowLatencyDispatchBuffers& rank = ranks[expert / local_experts];
-    if (rank.masked) continue;
+    if (rank.masked || rank.rows == nullptr) continue;
     const int e = expert % local_experts;
     rank.counts[e] = counts[expert];
     int32_t* sources = rank.row_source + e * shape.rows_per_expert();
@@ -100,7 +101,7 @@ Status FindRows(const LowLatencyShape& shape, const std::vector<LowLatencyCombin
 
 // The rows of each expert past its count.
 void ZeroTails(const LowLatencyShape& shape, const LowLatencyDispatchBuffers& rank) {
-  if (rank.masked) return;
+  if (rank.rows == nullptr) return;
   const int64_t row_bytes = shape.hidden * static_cast<int64_t>(SizeOf(shape.dtype));
   const int64_t blocks = shape.hidden / kQuantBlock;
   for (int e = 0; e < shape.local_experts(); ++e) {
@@ -130,7 +131,11 @@ void LowLatencyDispatch(const LowLatencyShape& shape,
   const RowKernels& kernels = SelectRowKernels();
 
   const auto task = [=, &kernels](int64_t index) {
-    if (index >= tasks.num_tasks()) return ZeroTails(shape, (*ranks)[index - tasks.num_tasks()]);
+    if (index >= tasks.num_tasks()) {
+      const LowLatencyDispatchBuffers& rank = (*ranks)[index - tasks.num_tasks()];
+      if (!rank.masked) ZeroTails(shape, rank);
+      return;
+    }
     const int src = tasks.rank(index);
     const LowLatencyDispatchBuffers& home = (*ranks)[src];
     if (home.masked) return;
@@ -141,6 +146,7 @@ void LowLatencyDispatch(const LowLatencyShape& shape,
       for (int64_t s = first; s < first + shape.top_k; ++s) {
         if (placed->rank[s] < 0) continue;
         const LowLatencyDispatchBuffers& expert = (*ranks)[placed->rank[s]];
+        if (expert.rows == nullptr) continue;
         char* row = static_cast<char*>(expert.rows) + placed->row[s] * row_bytes;
         if (dequantize) {
           kernels.dequantize(shape.dtype, row, sent, scales, shape.hidden);
@@ -169,7 +175,7 @@ void LowLatencyCombine(const LowLatencyShape& shape, std::vector<LowLatencyCombi
   const auto task = [=, &kernels](int64_t index) {
     const int rank = tasks.rank(index);
     const LowLatencyCombineBuffers& home = (*ranks)[rank];
-    if (home.masked) return;
+    if (home.masked || home.out == nullptr) return;
     const void* rows[kMaxTopK];
     float weights[kMaxTopK];
     int order[kMaxTopK];
@@ -202,7 +208,7 @@ void LowLatencyCombineGrad(const LowLatencyShape& shape,
   const auto task = [=, &kernels](int64_t index) {
     if (index >= tasks.num_tasks()) {
       const LowLatencyCombineBuffers& rank = (*ranks)[index - tasks.num_tasks()];
-      if (rank.masked) return;
+      if (rank.masked || rank.dy == nullptr) return;
       for (int e = 0; e < shape.local_experts(); ++e) {
         const int64_t first = e * shape.rows_per_expert() + rank.counts[e];
         std::memset(static_cast<char*>(rank.dy) + first * row_bytes, 0,
@@ -213,17 +219,23 @@ void LowLatencyCombineGrad(const LowLatencyShape& shape,
     const int rank = tasks.rank(index);
     const LowLatencyCombineBuffers& home = (*ranks)[rank];
     if (home.masked) return;
+    std::vector<char>
+        nowhere;  // for the gradient of a row in another process, which makes it itself
     for (int64_t token = tasks.begin(index); token < tasks.end(index); ++token) {
       const char* dout = static_cast<const char*>(home.dout) + token * row_bytes;
       for (int64_t k = token * shape.top_k; k < (token + 1) * shape.top_k; ++k) {
         const int64_t s = rank * shape.num_tokens * shape.top_k + k;
-        home.dtopk_weights[k] = 0;
+        if (home.dtopk_weights != nullptr) home.dtopk_weights[k] = 0;
         if (placed->rank[s] < 0) continue;
         const LowLatencyCombineBuffers& expert = (*ranks)[placed->rank[s]];
+        if (home.dtopk_weights == nullptr && expert.dy == nullptr) continue;
         const int64_t offset = placed->row[s] * row_bytes;
-        home.dtopk_weights[k] = kernels.scale_and_dot(
-            shape.dtype, static_cast<char*>(expert.dy) + offset, dout, home.topk_weights[k],
-            static_cast<const char*>(expert.y) + offset, shape.hidden);
+        if (expert.dy == nullptr) nowhere.resize(row_bytes);
+        char* dy = expert.dy == nullptr ? nowhere.data() : static_cast<char*>(expert.dy) + offset;
+        const float dot =
+            kernels.scale_and_dot(shape.dtype, dy, dout, home.topk_weights[k],
+                                  static_cast<const char*>(expert.y) + offset, shape.hidden);
+        if (home.dtopk_weights != nullptr) home.dtopk_weights[k] = dot;
       }
     }
   };

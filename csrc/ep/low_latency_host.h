@@ -47,6 +47,7 @@ struct LowLatencyDispatchBuffers {
   int32_t* row_source;  // out [local_experts, rows_per_expert];
                         //     (source rank * num_tokens + token) * top_k + k, or -1 past the count
   bool masked = false;  // the rank is left out: its arrays are not touched
+  // Outputs are null where the rank is in another process.
 };
 
 /// Rows of an expert are in order of source rank, token, k. Selections of a masked rank's experts

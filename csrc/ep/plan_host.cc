@@ -21,6 +21,9 @@ Status CapacityExceeded(int rank, int64_t wanted, int64_t capacity) {
                             ". Raise capacity, leave it None (no drops), or use overflow='drop'");
 }
 
+// Whether the rank takes part and its outputs are in this process.
+bool Here(const PlanBuffers& rank) { return !rank.masked && rank.dest_rank != nullptr; }
+
 }  // namespace
 
 Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks) {
@@ -28,6 +31,17 @@ Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks) {
   const int num_experts = shape.num_experts;
   const int local_experts = shape.local_experts();
   const int64_t selections = shape.num_tokens * shape.top_k;
+
+  // Ranks of other processes have no outputs here; where their selections go still decides about
+  // rows.
+  std::vector<std::vector<int32_t>> elsewhere(num_ranks);
+  std::vector<int32_t*> dest_ranks(num_ranks);
+  for (int src = 0; src < num_ranks; ++src) {
+    dest_ranks[src] = ranks[src].dest_rank;
+    if (ranks[src].dest_rank != nullptr || ranks[src].masked) continue;
+    elsewhere[src].resize(selections);
+    dest_ranks[src] = elsewhere[src].data();
+  }
 
   // Pass 1: who wants whom. accepted[src][expert] counts what the receiver's capacity admits.
   std::vector<int32_t> wanted(num_experts, 0);
@@ -37,7 +51,7 @@ Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks) {
   for (int src = 0; src < num_ranks; ++src) {
     if (ranks[src].masked) continue;
     const int32_t* idx = ranks[src].topk_idx;
-    int32_t* dest_rank = ranks[src].dest_rank;
+    int32_t* dest_rank = dest_ranks[src];
     for (int64_t s = 0; s < selections; ++s) {
       const int32_t expert = idx[s];
       if (expert < -1 || expert >= num_experts) return IndexOutOfRange(shape, src, s, expert);
@@ -69,12 +83,13 @@ Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks) {
         next_row[src][expert] = row;
         row += accepted[src][expert];
       }
-      ranks[dst].group_sizes[e] = row - begin;
+      if (Here(ranks[dst])) ranks[dst].group_sizes[e] = row - begin;
       total_wanted += wanted[expert];
     }
     if (shape.overflow_is_error && total_wanted > row) {
       return CapacityExceeded(dst, total_wanted, shape.capacity);
     }
+    if (!Here(ranks[dst])) continue;
     *ranks[dst].num_rows = row;
     *ranks[dst].overflow = static_cast<int32_t>(total_wanted - row) + masked_selections[dst];
     std::copy(wanted.begin(), wanted.end(), ranks[dst].tokens_per_expert);
@@ -89,18 +104,19 @@ Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks) {
     const PlanBuffers& rank = ranks[src];
     const auto count_arrived = [&](int sign) {
       for (int dst = 0; dst < num_ranks; ++dst) {
-        if (!ranks[dst].masked) ranks[dst].rows_per_source[src] += sign * arrived[dst];
+        if (Here(ranks[dst])) ranks[dst].rows_per_source[src] += sign * arrived[dst];
       }
     };
     count_arrived(-1);
     for (int64_t s = 0; s < selections && !rank.masked; ++s) {
-      const int dst = rank.dest_rank[s];
+      const int dst = dest_ranks[src][s];
       if (dst == -1) {
-        rank.dest_row[s] = -1;
+        if (Here(rank)) rank.dest_row[s] = -1;
         continue;
       }
       const int32_t row = next_row[src][rank.topk_idx[s]]++;
-      rank.dest_row[s] = row;
+      if (Here(rank)) rank.dest_row[s] = row;
+      if (!Here(ranks[dst])) continue;
       ranks[dst].row_source[row] = static_cast<int32_t>(src * selections + s);
       ranks[dst].arrival_rows[arrived[dst]++] = row;
     }

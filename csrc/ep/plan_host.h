@@ -40,6 +40,7 @@ struct PlanBuffers {
   int32_t* arrival_rows;  // out [capacity]; rows in order of source rank, token, k, then -1
   int32_t* rows_per_source;  // out [num_ranks]; rows received from each source rank
   bool masked = false;       // the rank is left out: its arrays are not touched
+  // All outputs are null where the rank is in another process.
 };
 
 /// Selections are taken in order of source rank, token, k until a rank's capacity is full; the rest

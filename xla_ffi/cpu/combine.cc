@@ -6,6 +6,8 @@
 namespace wideep {
 namespace {
 
+using I32Scalar = ffi::BufferR0<ffi::S32>;
+using I32Vector = ffi::BufferR1<ffi::S32>;
 using I32Matrix = ffi::BufferR2<ffi::S32>;
 using F32Vector = ffi::BufferR1<ffi::F32>;
 using F32Matrix = ffi::BufferR2<ffi::F32>;
@@ -26,13 +28,16 @@ Status RowShape(const char* op, const ffi::AnyBuffer& tokens, const I32Matrix& d
 
 ffi::Future CombineImpl(int32_t device, ffi::RunId run_id, OpInstance* instance, int64_t group,
                         ffi::AnyBuffer y, F32Vector row_weights, I32Matrix dest_rank,
-                        I32Matrix dest_row, ffi::Result<ffi::AnyBuffer> out) {
+                        I32Matrix dest_row, I32Scalar num_rows, I32Vector row_source,
+                        ffi::Result<ffi::AnyBuffer> out) {
   CombineShape shape;
   if (Status status = RowShape("combine", *out, dest_rank, shape); !status.ok()) {
     return FailedFuture(status);
   }
-  const CombineBuffers buffers{y.untyped_data(), row_weights.typed_data(), dest_rank.typed_data(),
-                               dest_row.typed_data(), out->untyped_data()};
+  CombineBuffers buffers{y.untyped_data(), row_weights.typed_data(), dest_rank.typed_data(),
+                         dest_row.typed_data(), out->untyped_data()};
+  buffers.num_rows = num_rows.typed_data();
+  buffers.row_source = row_source.typed_data();
   return Meet<CombineShape, CombineBuffers>(
       "combine", {device, run_id, instance, group}, shape, buffers, NoCheck,
       [](const CombineShape& agreed, std::vector<CombineBuffers> ranks, Completion finish) {
@@ -42,15 +47,17 @@ ffi::Future CombineImpl(int32_t device, ffi::RunId run_id, OpInstance* instance,
 
 ffi::Future DispatchGradImpl(int32_t device, ffi::RunId run_id, OpInstance* instance, int64_t group,
                              ffi::AnyBuffer drows, F32Vector drow_weights, I32Matrix dest_rank,
-                             I32Matrix dest_row, ffi::Result<ffi::AnyBuffer> dx,
-                             ffi::Result<F32Matrix> dweights) {
+                             I32Matrix dest_row, I32Scalar num_rows, I32Vector row_source,
+                             ffi::Result<ffi::AnyBuffer> dx, ffi::Result<F32Matrix> dweights) {
   CombineShape shape;
   if (Status status = RowShape("dispatch's gradient", *dx, dest_rank, shape); !status.ok()) {
     return FailedFuture(status);
   }
-  const DispatchGradBuffers buffers{drows.untyped_data(),   drow_weights.typed_data(),
-                                    dest_rank.typed_data(), dest_row.typed_data(),
-                                    dx->untyped_data(),     dweights->typed_data()};
+  DispatchGradBuffers buffers{drows.untyped_data(),   drow_weights.typed_data(),
+                              dest_rank.typed_data(), dest_row.typed_data(),
+                              dx->untyped_data(),     dweights->typed_data()};
+  buffers.num_rows = num_rows.typed_data();
+  buffers.row_source = row_source.typed_data();
   return Meet<CombineShape, DispatchGradBuffers>(
       "dispatch's gradient", {device, run_id, instance, group}, shape, buffers, NoCheck,
       [](const CombineShape& agreed, std::vector<DispatchGradBuffers> ranks, Completion finish) {
@@ -72,6 +79,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(WideepCombine, wideep::CombineImpl,
                                   .Arg<wideep::F32Vector>()      // row_weights [capacity]
                                   .Arg<wideep::I32Matrix>()      // dest_rank [tokens, k]
                                   .Arg<wideep::I32Matrix>()      // dest_row [tokens, k]
+                                  .Arg<wideep::I32Scalar>()      // num_rows
+                                  .Arg<wideep::I32Vector>()      // row_source [capacity]
                                   .Ret<xla::ffi::AnyBuffer>());  // out [tokens, hidden]
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(WideepDispatchGrad, wideep::DispatchGradImpl,
@@ -84,5 +93,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(WideepDispatchGrad, wideep::DispatchGradImpl,
                                   .Arg<wideep::F32Vector>()    // drow_weights [capacity]
                                   .Arg<wideep::I32Matrix>()    // dest_rank [tokens, k]
                                   .Arg<wideep::I32Matrix>()    // dest_row [tokens, k]
+                                  .Arg<wideep::I32Scalar>()    // num_rows
+                                  .Arg<wideep::I32Vector>()    // row_source [capacity]
                                   .Ret<xla::ffi::AnyBuffer>()  // dx [tokens, hidden]
                                   .Ret<wideep::F32Matrix>());  // dtopk_weights [tokens, k]

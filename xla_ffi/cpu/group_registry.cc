@@ -1,5 +1,6 @@
 #include "xla_ffi/cpu/group_registry.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "csrc/transport/host_rendezvous.h"
@@ -17,11 +18,27 @@ int64_t GroupRegistry::Add(HostGroup group) {
   return next_id_++;
 }
 
+int64_t GroupRegistry::NextSharedId() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return next_shared_id_;
+}
+
+void GroupRegistry::AddShared(int64_t id, HostGroup group) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  groups_[id] = std::make_shared<const HostGroup>(std::move(group));
+  next_shared_id_ = std::max(next_shared_id_, id + 1);
+}
+
 void GroupRegistry::Close(int64_t id) {
+  std::shared_ptr<const HostGroup> group;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    groups_.erase(id);
+    auto found = groups_.find(id);
+    if (found == groups_.end()) return;
+    group = std::move(found->second);
+    groups_.erase(found);
   }
+  if (group->peers != nullptr) group->peers->Shutdown();
   HostRendezvous::Global().CancelGroup(
       id, Status::FailedPrecondition("the ExpertGroup was closed while an exchange was waiting"));
 }
