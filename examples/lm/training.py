@@ -18,7 +18,6 @@ from jax_wideep.flax import placing
 from jax_wideep.flax.transformer import Transformer, TransformerConfig, make_transformer
 from lm.text import Windows
 
-
 _CLIP_NORM = 1.0
 # Of the average load that experts are placed by: it forgets half in 14 steps.
 _LOAD_DECAY = 0.95
