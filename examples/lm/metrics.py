@@ -16,16 +16,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-
-from jax_wideep.load import imbalance
 from tensorboardX import SummaryWriter
 
-from lm.training import StepReport
+from jax_wideep.load import imbalance
 
 FILE = "metrics.jsonl"
 
@@ -59,18 +56,6 @@ def read_history(run: Path) -> History:
         if "held_out_loss" in record:
             history.held_out.append((record["step"], record["held_out_loss"]))
     return history
-
-
-def layer_records(report: StepReport, num_ranks: int) -> list[dict[str, Any]]:
-    """The load of each layer; `report` is on the host."""
-    return [
-        {
-            "tokens_per_expert": counts.tolist(),
-            "rows_per_rank": counts.reshape(num_ranks, -1).sum(axis=1).tolist(),
-            "dropped": int(dropped),
-        }
-        for counts, dropped in zip(report.tokens_per_expert, report.dropped, strict=True)
-    ]
 
 
 class MetricsLog:
@@ -127,11 +112,6 @@ class MetricsLog:
             for kind in ("dropped", "spilled"):
                 if kind in layer:
                     self._board.add_scalar(f"{kind}/layer{number}", layer[kind], record["step"])
-
-
-def _imbalance(counts: Sequence[int]) -> float:
-    """The largest as a multiple of the mean."""
-    return float(np.max(counts) / max(float(np.mean(counts)), 1e-9))
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
