@@ -6,7 +6,7 @@ import flax.nnx as nnx
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import EXPERTS, FFN, HIDDEN, PRESETS, draw_checkpoint
+from checkpoints import EXPERTS, FFN, HIDDEN, PRESETS, draw_checkpoint
 
 from jax_wideep import families
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import EXPERTS, FFN, HIDDEN, PRESETS, draw_checkpoint
+from checkpoints import EXPERTS, FFN, HIDDEN, PRESETS, draw_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
