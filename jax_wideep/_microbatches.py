@@ -152,14 +152,18 @@ def low_latency(
     group: ExpertGroup,
     quantize: Quantize,
     number: int,
-) -> Float[jax.Array, "tokens hidden"]:
-    """The layer without a plan: `number` microbatches under way at a time, of at most `group.chunk` tokens each."""
+) -> tuple[Float[jax.Array, "tokens hidden"], Int32[jax.Array, ""]]:
+    """The layer without a plan: `number` microbatches under way at a time, of at most `group.chunk` tokens each.
 
-    def one_call(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array) -> jax.Array:
+    Returns its outputs, and how many rows this rank received.
+    """
+
+    def one_call(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
         if number == 1 or x.shape[0] < 2:
             return _alone(x, topk_idx, topk_weights, params, experts, group, quantize)
         pieces = zip(*(jnp.array_split(array, number) for array in (x, topk_idx, topk_weights)), strict=True)
-        return jnp.concatenate(_in_flight(list(pieces), params, experts, group, quantize))
+        outs, num_rows = _in_flight(list(pieces), params, experts, group, quantize)
+        return jnp.concatenate(outs), num_rows
 
     tokens, together = x.shape[0], number * group.chunk
     if tokens <= together:
@@ -172,7 +176,8 @@ def low_latency(
         return padded.reshape(calls, together, array.shape[1])
 
     pieces = (split(x, 0), split(topk_idx, -1), split(topk_weights, 0))
-    return jax.lax.map(lambda piece: one_call(*piece), pieces).reshape(-1, x.shape[1])[:tokens]
+    outs, num_rows = jax.lax.map(lambda piece: one_call(*piece), pieces)
+    return outs.reshape(-1, x.shape[1])[:tokens], jnp.sum(num_rows, dtype=jnp.int32)
 
 
 def _alone(
@@ -183,12 +188,13 @@ def _alone(
     experts: _rounds.Experts,
     group: ExpertGroup,
     quantize: Quantize,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     with jax.named_scope("wideep_dispatch"):
         recv = _named(ll_dispatch(x, topk_idx, group, quantize=quantize, zero_tail=False))
     y = experts(recv.rows, params, recv.counts)
     with jax.named_scope("wideep_combine"):
-        return checkpoint_name(ll_combine(y, topk_weights, recv, zero_tail=False), OUTPUT)
+        out = checkpoint_name(ll_combine(y, topk_weights, recv, zero_tail=False), OUTPUT)
+    return out, jnp.sum(recv.counts, dtype=jnp.int32)
 
 
 def _in_flight(
@@ -197,7 +203,7 @@ def _in_flight(
     experts: _rounds.Experts,
     group: ExpertGroup,
     quantize: Quantize,
-) -> list[jax.Array]:
+) -> tuple[list[jax.Array], jax.Array]:
     """Microbatches that are under way together."""
     sent: list[DispatchInFlight] = []
     for x, topk_idx, _ in pieces:
@@ -214,7 +220,8 @@ def _in_flight(
         with jax.named_scope("wideep_combine"):
             home.append(ll_combine_send(y, topk_weights, recv, zero_tail=False))
     with jax.named_scope("wideep_combine"):
-        return [checkpoint_name(ll_combine_recv(_with_ticket_after(sent, home[-1])), OUTPUT) for sent in home]
+        outs = [checkpoint_name(ll_combine_recv(_with_ticket_after(sent, home[-1])), OUTPUT) for sent in home]
+    return outs, jnp.sum(jnp.stack([sent.recv.counts for sent in home]), dtype=jnp.int32)
 
 
 def _with_ticket_after(mine: Any, other: DispatchInFlight | CombineInFlight) -> Any:

@@ -39,7 +39,9 @@ class MoEStats(NamedTuple):
 
     Attributes:
       tokens_per_expert: selections of every (logical) expert, over all ranks, dropped ones included.
-      overflow: selections dropped; on this rank's receive side from moe_ffn, over all ranks from the layers.
+      overflow: selections dropped, those of masked ranks' experts (ExpertGroup.mask_ranks) among them; as
+        DispatchPlan has it from moe_ffn (in low-latency mode on this rank's receive side), over all ranks from the
+        layers.
       aux_loss: load-balance loss of the router over all ranks; None from moe_ffn, which does not route.
       z_loss: mean squared logsumexp of the router's logits over all ranks; None from moe_ffn.
       rows_per_rank: selections of the experts that each rank hosts, dropped ones included.
@@ -176,13 +178,13 @@ def moe_ffn(
                     "mode='throughput'"
                 )
             x, topk_weights = x * topk_weights.astype(x.dtype), jnp.ones_like(topk_weights)
-        call: Callable[..., jax.Array] = functools.partial(
+        call: Callable[..., tuple[jax.Array, jax.Array]] = functools.partial(
             _microbatches.low_latency, experts=experts, group=group, quantize=quantize, number=microbatches
         )
         if remat == "all":
             call = jax.checkpoint(call)
-        out = call(x, topk_idx, topk_weights, params)
-        return out, (_low_latency_stats(topk_idx, group, placement) if return_stats else None)
+        out, num_rows = call(x, topk_idx, topk_weights, params)
+        return out, (_low_latency_stats(topk_idx, num_rows, group, placement) if return_stats else None)
 
     parts = min(microbatches, max(1, x.shape[0]))
     if capacity is not None:
@@ -282,12 +284,13 @@ def _stats(counts, dropped, spilled, group, placement):
     return MoEStats(counts, dropped, rows_per_rank=rows_per_rank, spilled=spilled)
 
 
-def _low_latency_stats(topk_idx, group, placement):
+def _low_latency_stats(topk_idx, num_rows, group, placement):
     counted = jnp.where(topk_idx >= 0, topk_idx, group.num_experts).reshape(-1)
     own = jnp.zeros(group.num_experts, jnp.int32).at[counted].add(1, mode="drop")
-    (own,) = _ffi.vary([own], group.axis)
-    (dropped,) = _ffi.vary([jnp.int32(0)], tuple(_ffi.varying_axes(own)))
-    return _stats(jax.lax.psum(own, group.axis), dropped, dropped, group, placement)
+    own, num_rows = _ffi.vary([own, num_rows], group.axis)
+    counts = jax.lax.psum(own, group.axis)
+    wanted = counts.reshape(group.num_ranks, -1).sum(axis=1)[jax.lax.axis_index(group.axis)]
+    return _stats(counts, wanted - num_rows, jnp.zeros_like(num_rows), group, placement)
 
 
 def _check_plan(op, plan, x, group, microbatches, overflow):

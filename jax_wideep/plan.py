@@ -37,8 +37,9 @@ class DispatchPlan:
     Attributes:
       group_sizes: rows that this rank received, per expert it hosts.
       num_rows: their sum; rows from here to `capacity` are empty.
-      overflow: selections dropped because this rank's capacity was full.
-      tokens_per_expert: selections of every expert over all ranks, dropped ones included.
+      overflow: selections dropped because this rank's capacity was full, and this rank's own of experts on masked
+        ranks (ExpertGroup.mask_ranks).
+      tokens_per_expert: selections of every expert over all ranks that are not masked, dropped ones included.
       dest_rank: rank that each selection went to, -1 where masked or dropped.
       dest_row: row there, or -1.
       row_source: for each row, (source rank * num_tokens + token) * top_k + k, or -1.
