@@ -1,6 +1,6 @@
 # Either target works on a bare checkout: it makes .venv and installs what it needs through pyproject.toml.
 #
-#   make demo     trains a Mixture-of-Experts language model on 8 CPU devices, decodes, measures, draws
+#   make demo     trains a Mixture-of-Experts language model on 8 CPU devices, decodes, measures, draws, writes a report
 #   make test     C++ tests, then Python tests
 #   make lint     ruff, clang-format, mypy, layering
 #   make bench    the benchmark table; BENCH="layer --help" for others

@@ -4,12 +4,13 @@
     python examples/demo.py --devices 4 --steps 150  # any option of train_lm.py, and some more
 
 Trains a byte-level Mixture-of-Experts model (train_lm.py), decodes text in the low-latency shape, shows where
-a training step's time goes and what the exchange costs beside XLA's collectives, and writes figures.
+a training step's time goes and what the exchange costs beside XLA's collectives, and writes figures and a report.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -18,13 +19,16 @@ import numpy as np
 import tyro
 from lm import figures, measure, training
 from lm.generation import generate
-from lm.metrics import read_history
+from lm.metrics import FILE, read_history
 from lm.text import as_text
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from train_lm import Options as TrainOptions
 from train_lm import Run, console, start_processes, train
+
+from jax_wideep.bench.measure import copy_bytes_per_s
+from jax_wideep.report import write_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,7 @@ def main(options: Options) -> int:
     console.rule("Decoding: low-latency shape, FP8 on the wire, one jit-compiled step a token")
     decode(run, options)
     console.rule("Where the time goes")
-    routes = show_times(run, options)
+    routes, exchange = show_times(run, options)
     console.rule("Figures")
     history = read_history(options.run)
     for name, draw in {
@@ -64,6 +68,9 @@ def main(options: Options) -> int:
     }.items():
         draw(options.run / name)
         console.print(options.run / name)
+    with (options.run / FILE).open("a") as lines:
+        lines.write(json.dumps({"exchange": exchange}) + "\n")
+    console.print(write_report(options.run), "(open it in a browser)")
     return 0
 
 
@@ -82,8 +89,9 @@ def decode(run: Run, options: Options) -> None:
     console.print(result.summary(), highlight=False)
 
 
-def show_times(run: Run, options: Options) -> list[np.ndarray]:
-    """Prints the tables; returns the routes of the batch they were measured on."""
+def show_times(run: Run, options: Options) -> tuple[list[np.ndarray], list[dict[str, str | float]]]:
+    """Prints the tables; returns the routes of the batch they were measured on, and the exchange's times and floor as
+    the report takes them."""
     model = run.model
     tokens = run.corpus.held_out_batches(1, options.batch, options.seq + 1)[0][:]
     layers = measure.layer_inputs(model, tokens[:, :-1])
@@ -117,7 +125,14 @@ def show_times(run: Run, options: Options) -> list[np.ndarray]:
         ]
         table.add_row(name, f"{forward * 1e3:.2f}", ratios[0], f"{both * 1e3:.2f}", ratios[1])
     console.print(table)
-    return routes
+    # Dispatch reads each token and writes each row, combine the other way round.
+    moved = 2 * layers[0].tokens.nbytes * (1 + group.top_k)
+    floor_ms = 1e3 * moved / copy_bytes_per_s(group.mesh.local_devices[0])
+    exchange: list[dict[str, str | float]] = [
+        {"name": f"{name}: plan, dispatch, combine", "ms": 1e3 * forward, "floor_ms": floor_ms}
+        for name, (forward, _) in alternatives.items()
+    ]
+    return routes, exchange
 
 
 if __name__ == "__main__":

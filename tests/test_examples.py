@@ -1,5 +1,6 @@
 """The examples run as programs, with small settings, in processes of their own."""
 
+import json
 import os
 import re
 import signal
@@ -105,6 +106,19 @@ def test_checkpoint_of_other_settings_is_an_error(tmp_path, text_folder):
     assert "checkpoint: expected one with" in output and "--fresh" in output
     output = run("train_lm.py", *SMALL, *options, "--steps", 2, "--top-k", 4, "--fresh")
     assert "Going on" not in output and "step 2/2" in output
+
+
+def test_experts_are_placed_while_training_and_before_decoding(tmp_path, text_folder):
+    folder, text = tmp_path / "run", ["--data", text_folder, "--pattern", "*.txt"]
+    placed = ["--redundant-experts", 8, "--replace-every", 4]
+    run("train_lm.py", *SMALL, *text, *placed, "--run", folder, "--steps", 6)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("replaced")] == [4]
+    rows = {line["step"]: line["layers"][0]["rows_per_rank"] for line in lines if "layers" in line}
+    assert all(len(of_ranks) == 8 and sum(of_ranks) == 8 * 32 * 2 for of_ranks in rows.values())
+    output = run("decode.py", "--checkpoint", folder / "checkpoint", *text, "--place", "--new-tokens", 2)
+    before, after = map(float, re.search(r"worst layer: ([\d.]+) before, ([\d.]+) after", output).groups())
+    assert after <= before and after < 1.5
 
 
 def test_decode_with_random_weights(text_folder):
