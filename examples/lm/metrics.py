@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 
 from jax_wideep.load import imbalance
 
@@ -86,6 +85,8 @@ class MetricsLog:
         aside.write_text("".join(lines))
         os.replace(aside, path)
         self._file = path.open("a", buffering=1)
+        from tensorboardX import SummaryWriter  # here, since it imports PyTorch where that is installed
+
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
     def __enter__(self) -> MetricsLog:

@@ -42,7 +42,9 @@ echo "$first $?" > "$folder/statuses"
 """
 
 
-def run(command: Sequence[str], *, timeout_s: float, env: dict[str, str] | None = None) -> list[tuple[int, str]]:
+def run(
+    command: Sequence[str], *, timeout_s: float, env: dict[str, str] | None = None
+) -> list[tuple[int, str]]:
     """Runs one process of a JAX job on each host; returns each one's exit status and output.
 
     Raises:

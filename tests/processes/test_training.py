@@ -1,0 +1,182 @@
+"""examples/train_lm.py over several processes: the same losses whatever the layout, also after a failure."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import two_hosts
+
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
+TIMEOUT_S = 300
+STEPS, CHECKPOINT_EVERY, KILLED_AT = 10, 4, 7
+
+# Ends process 1 by SIGKILL in its step KILLED_AT, when the checkpoint before it is written.
+KILLED_PROGRAM = f"""
+import os, pathlib, signal, sys, time
+sys.path.insert(0, {str(EXAMPLES)!r})
+import jax, train_lm, tyro
+from lm import training
+
+options = tyro.cli(train_lm.Options)
+train_step, calls = training.train_step, []
+
+def killed_train_step(*arguments):
+    calls.append(None)
+    if len(calls) == {KILLED_AT} and jax.process_index() == 1:
+        while not (options.run / "checkpoint" / "{CHECKPOINT_EVERY}").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(*arguments)
+
+training.train_step = killed_train_step
+train_lm.start_processes(options)
+train_lm.train(options)
+"""
+
+
+def environment(**more):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", **more}
+    env.pop("NPROC", None)  # the program's own business
+    return env
+
+
+def launch(processes, devices_each, program, *arguments):
+    counts = ["--processes", processes, "--devices-per-process", devices_each, "--grace", 1]
+    return subprocess.run(
+        [sys.executable, "-m", "jax_wideep.launch", *map(str, (*counts, program, *arguments))],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def train(processes, devices_each, *options):
+    done = launch(processes, devices_each, EXAMPLES / "train_lm.py", *options)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def losses(run):
+    """Of each step, in the order of the file."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
+    assert list(records[0]) == ["run"] and sum("run" in record for record in records) == 1
+    return [record["loss"] for record in steps]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(60):
+        (folder / f"file{i}.txt").write_text(f"the quick brown fox {i:02d} jumps over the lazy dog. " * 100)
+    sizes = ["--layers", 1, "--hidden", 32, "--heads", 2, "--ffn", 32, "--experts", 8]
+    steps = ["--steps", STEPS, "--batch", 8, "--seq", 16, "--eval-every", 100, "--learning-rate", 0.01]
+    return [*sizes, *steps, "--checkpoint-every", CHECKPOINT_EVERY, "--data", folder, "--pattern", "*.txt"]
+
+
+@pytest.fixture(scope="module")
+def one_process(options, tmp_path_factory):
+    run = tmp_path_factory.mktemp("one_process")
+    train(1, 8, *options, "--run", run)
+    return losses(run)
+
+
+@pytest.fixture(scope="module")
+def two_processes(options, tmp_path_factory):
+    run = tmp_path_factory.mktemp("two_processes")
+    output = train(2, 4, *options, "--run", run)
+    assert "[0] 8 cpu devices" in output and "2 processes" in output
+    assert f"[0] step {STEPS}/{STEPS}" in output and "[1] step" not in output  # process 0 speaks for all
+    return losses(run)
+
+
+@pytest.fixture(scope="module")
+def killed_run(options, tmp_path_factory):
+    """The folder of a run whose process 1 was killed, and what the launcher printed."""
+    folder = tmp_path_factory.mktemp("killed")
+    program = folder / "killed.py"
+    program.write_text(KILLED_PROGRAM)
+    done = launch(2, 4, program, *options, "--run", folder / "run")
+    assert done.returncode == 128 + signal.SIGKILL, done.stdout
+    return folder / "run", done.stdout
+
+
+def test_losses_are_equal_across_layouts(one_process, two_processes):
+    assert len(one_process) == len(two_processes) == STEPS
+    assert two_processes[-1] < two_processes[0] - 0.3  # it learns
+    np.testing.assert_allclose(two_processes, one_process, rtol=1e-5)
+
+
+def test_killed_process_is_reported_and_a_repeat_has_the_same_bits(killed_run, two_processes):
+    run, output = killed_run
+    assert "[launch] first failure: process 1 of 2 was ended by SIGKILL" in output
+    before = losses(run)
+    assert CHECKPOINT_EVERY < len(before) < KILLED_AT
+    assert before == two_processes[: len(before)]
+
+
+def test_restart_after_a_failure_has_the_same_bits(killed_run, options, two_processes, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(killed_run[0], run)
+    output = train(2, 4, *options, "--run", run)
+    assert f"Going on from step {CHECKPOINT_EVERY}," in output
+    assert losses(run) == two_processes
+
+
+def test_restart_on_another_number_of_processes(killed_run, options, two_processes, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(killed_run[0], run)
+    output = train(4, 2, *options, "--run", run)
+    assert f"Going on from step {CHECKPOINT_EVERY}," in output and "4 processes" in output
+    assert losses(run)[:CHECKPOINT_EVERY] == two_processes[:CHECKPOINT_EVERY]
+    np.testing.assert_allclose(losses(run), two_processes, rtol=1e-5)
+    settings = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["run"]
+    assert settings["processes"] == 4 and settings["ranks"] == 8
+
+
+def test_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(EXAMPLES)!r})
+        import jax
+        from jax_wideep import launch
+        from lm.stopping import StopRequest
+
+        launch.initialize()
+        with StopRequest(jax.make_mesh((jax.device_count(),), ("data",))) as stop:
+            for step in range(100):
+                if step == 3 and jax.process_index() == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                if number := stop.agreed():
+                    print("stopped at", step, "by", number)
+                    break
+        """)
+    )
+    done = launch(2, 1, program)
+    assert done.returncode == 0, done.stdout
+    assert re.findall(r"stopped at (\d+) by (\d+)", done.stdout) == [("3", "15")] * 2, done.stdout
+
+
+@pytest.mark.skipif(two_hosts.unavailable() is not None, reason=f"two hosts: {two_hosts.unavailable()}")
+def test_two_hosts(options, tmp_path):
+    command = [sys.executable, EXAMPLES / "train_lm.py", *options, "--steps", 20, "--run", tmp_path / "run"]
+    env = environment(JAX_NUM_CPU_DEVICES="2")
+    first, second = two_hosts.run(list(map(str, command)), timeout_s=TIMEOUT_S, env=env)
+    assert first[0] == second[0] == 0, (first, second)
+    assert "backend 'xla', 2 processes" in first[1] and "step 20/20" in first[1]
+    assert len(losses(tmp_path / "run")) == 20
