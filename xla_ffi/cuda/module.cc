@@ -6,6 +6,7 @@
 
 #include "xla_ffi/cuda/handlers.h"
 #include "xla_ffi/cuda/peer_module.h"
+#include "xla_ffi/cuda/profile_range.h"
 #include "xla_ffi/ffi_util.h"
 
 namespace nb = nanobind;
@@ -13,25 +14,31 @@ namespace nb = nanobind;
 namespace wideep {
 namespace {
 
+template <XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)>
+void Add(nb::dict& handlers, const char* target) {
+  Profiled<handler>::target = target;
+  handlers[target] = HandlerCapsule(Profiled<handler>::Call);
+}
+
 nb::dict Handlers() {
   nb::dict handlers;
-  handlers["wideep_plan"] = HandlerCapsule(WideepPlan);
-  handlers["wideep_dispatch"] = HandlerCapsule(WideepDispatch);
-  handlers["wideep_dispatch_grad"] = HandlerCapsule(WideepDispatchGrad);
-  handlers["wideep_combine"] = HandlerCapsule(WideepCombine);
-  handlers["wideep_combine_grad"] = HandlerCapsule(WideepCombineGrad);
-  handlers["wideep_quantize_rows"] = HandlerCapsule(WideepQuantizeRows);
-  handlers["wideep_ll_dispatch"] = HandlerCapsule(WideepLowLatencyDispatch);
-  handlers["wideep_ll_dispatch_send"] = HandlerCapsule(WideepLowLatencyDispatchSend);
-  handlers["wideep_ll_dispatch_recv"] = HandlerCapsule(WideepLowLatencyDispatchRecv);
-  handlers["wideep_ll_combine"] = HandlerCapsule(WideepLowLatencyCombine);
-  handlers["wideep_ll_combine_send"] = HandlerCapsule(WideepLowLatencyCombineSend);
-  handlers["wideep_ll_combine_recv"] = HandlerCapsule(WideepLowLatencyCombineRecv);
-  handlers["wideep_ll_combine_grad"] = HandlerCapsule(WideepLowLatencyCombineGrad);
-  handlers["wideep_grouped_matmul"] = HandlerCapsule(WideepGroupedMatmul);
-  handlers["wideep_grouped_matmul_weight_grad"] = HandlerCapsule(WideepGroupedMatmulWeightGrad);
-  handlers["wideep_swiglu"] = HandlerCapsule(WideepSwiglu);
-  handlers["wideep_swiglu_grad"] = HandlerCapsule(WideepSwigluGrad);
+  Add<WideepPlan>(handlers, "wideep_plan");
+  Add<WideepDispatch>(handlers, "wideep_dispatch");
+  Add<WideepDispatchGrad>(handlers, "wideep_dispatch_grad");
+  Add<WideepCombine>(handlers, "wideep_combine");
+  Add<WideepCombineGrad>(handlers, "wideep_combine_grad");
+  Add<WideepQuantizeRows>(handlers, "wideep_quantize_rows");
+  Add<WideepLowLatencyDispatch>(handlers, "wideep_ll_dispatch");
+  Add<WideepLowLatencyDispatchSend>(handlers, "wideep_ll_dispatch_send");
+  Add<WideepLowLatencyDispatchRecv>(handlers, "wideep_ll_dispatch_recv");
+  Add<WideepLowLatencyCombine>(handlers, "wideep_ll_combine");
+  Add<WideepLowLatencyCombineSend>(handlers, "wideep_ll_combine_send");
+  Add<WideepLowLatencyCombineRecv>(handlers, "wideep_ll_combine_recv");
+  Add<WideepLowLatencyCombineGrad>(handlers, "wideep_ll_combine_grad");
+  Add<WideepGroupedMatmul>(handlers, "wideep_grouped_matmul");
+  Add<WideepGroupedMatmulWeightGrad>(handlers, "wideep_grouped_matmul_weight_grad");
+  Add<WideepSwiglu>(handlers, "wideep_swiglu");
+  Add<WideepSwigluGrad>(handlers, "wideep_swiglu_grad");
   return handlers;
 }
 
