@@ -168,6 +168,7 @@ CUDA_FFI_HEADERS = [
     "xla_ffi/cuda/handlers.h",
     "xla_ffi/cuda/peer_groups.h",
     "xla_ffi/cuda/peer_module.h",
+    "xla_ffi/cuda/profile_range.h",
     "xla_ffi/cuda/row_groups.h",
     "xla_ffi/ffi_util.h",
 ]
