@@ -19,7 +19,7 @@ PYTHON_LAYERS = (
     "_types", "_ffi", "_bootstrap", "_masking", "_host_transport", "_peer_transport", "group", "_check", "quantize",
     "reference", "plan", "exchange", "low_latency", "_grouped_matmul_loop", "grouped_matmul", "_swiglu", "_expert_bias",
     "routing",
-    "placement", "_rounds", "_microbatches", "moe", "flax", "families", "bench",
+    "placement", "replicas", "_rounds", "_microbatches", "moe", "load", "flax", "families", "bench", "report", "launch",
 )  # fmt: skip
 
 # What only some modules may import.
