@@ -173,7 +173,14 @@ def host_id() -> str:
 
 def versions() -> dict[str, str]:
     """Of what has to be the same in all processes."""
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "jax_wideep")}
+
+    def of(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from its sources
+            return "not installed"
+
+    return {package: of(package) for package in ("jax", "jaxlib", "jax_wideep")}
 
 
 def build_id(module: ModuleType) -> str:

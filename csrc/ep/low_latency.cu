@@ -46,7 +46,9 @@ LowLatencyTuning Tune(LowLatencyTuning tuning, const LowLatencyTokens& t, const 
   const int64_t row_bytes = t.hidden * static_cast<int64_t>(SizeOf(dtype));
   if (tuning.pieces == 0) {
     const int64_t most = quantize ? t.hidden / kQuantBlock : (row_bytes + 511) / 512;
-    const int64_t wanted = t.num_tokens <= 16 ? kMaxPieces : kMaxPieces / 2;
+    const int64_t wanted = t.num_tokens <= 16  ? kMaxPieces
+                           : t.num_tokens < 64 ? kMaxPieces / 2
+                                               : kMaxPieces / 4;
     tuning.pieces = static_cast<int32_t>(std::clamp<int64_t>(most, 1, wanted));
   }
   tuning.pieces = std::clamp(tuning.pieces, 1, kMaxPieces);
