@@ -128,7 +128,9 @@ class MoE(nn.Module):
             placement=self._placement(config),
             return_stats=return_stats or moves_load,
         )
-        if moves_load:
+        if stats is None:
+            return out
+        if self.load_decay is not None and moves_load:
             average = self.variable("expert_load", "average", jnp.zeros, (self.num_experts,), jnp.float32)
             if not self.is_initializing():
                 average.value = update_average(average.value, stats.tokens_per_expert, self.load_decay)
