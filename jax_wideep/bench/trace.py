@@ -1,0 +1,158 @@
+"""Benchmark `trace`: records a few steps of a layer with JAX's profiler, and says what each phase took.
+
+The layer is route, plan, dispatch, experts and combine, forward and backward, as jax_wideep.flax.MoE runs them. The
+trace opens in XProf or Perfetto; see docs/profiling.md. The summary adds up the operations of each named scope, without
+what they call; on a GPU run it with XLA_FLAGS=--xla_gpu_enable_command_buffer= so that every kernel names its
+operation.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+import jax_wideep as wep
+from jax_wideep.bench import measure, report
+from jax_wideep.bench.layer import LayerSettings
+from jax_wideep.bench.measure import on_ranks
+from jax_wideep.bench.settings import Draws
+from jax_wideep.moe import inner_size
+
+_SCOPE = re.compile(r"wideep_\w+")
+_OP_NAME = re.compile(r"%?([\w.\-]+) = [^\n]*metadata=\{[^\n]*?op_name=\"([^\"]*)\"")
+OTHER = "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceSettings(LayerSettings):
+    """Sizes of a layer, and where its trace goes."""
+
+    steps: int = 5
+    """Steps recorded; one before them compiles."""
+    trace: pathlib.Path | None = None
+    """Folder for the trace; none keeps none."""
+
+
+def run(settings: TraceSettings) -> list[report.Record]:
+    """Records, prints the summary, and returns its records."""
+    measure.start_processes(**dataclasses.asdict(settings.processes))
+    mesh = measure.make_mesh(settings.devices, settings.backend)
+    draws = Draws(settings, mesh)
+    router = wep.RouterConfig(settings.experts, settings.top_k)
+    group = wep.ExpertGroup(
+        mesh,
+        axis=measure.AXIS,
+        num_experts=settings.experts,
+        top_k=settings.top_k,
+        hidden=settings.hidden,
+        backend=settings.backend,
+    )
+
+    def layer(x: jax.Array, kernel: jax.Array, wi: jax.Array, wo: jax.Array) -> jax.Array:
+        with jax.named_scope("wideep_route"):
+            logits = wep.routing.router_logits(x, kernel, router)
+            routing = wep.routing.route(logits, router)
+        return wep.moe_ffn(x, routing.topk_idx, routing.topk_weights, wi, wo, group, return_stats=False)[0]
+
+    def step(*arguments: jax.Array) -> Any:
+        out, pull = jax.vjp(layer, *arguments)
+        return out, pull(out)
+
+    with group, tempfile.TemporaryDirectory() as scratch:
+        scale = np.asarray(settings.hidden**-0.5, jax.numpy.dtype(settings.dtype))
+        inner = inner_size(settings.ffn, "swiglu")
+        arguments = (
+            draws.tokens(),
+            # A router's matrix for each rank, so that no gradient is summed over ranks.
+            draws.activations(mesh.size * settings.hidden, settings.experts),
+            draws.activations(settings.experts, settings.hidden, inner) * scale,
+            draws.activations(settings.experts, settings.ffn, settings.hidden) * scale,
+        )
+        compiled = on_ranks(mesh, step).lower(*arguments).compile()
+        jax.block_until_ready(compiled(*arguments))
+        folder = pathlib.Path(scratch) if settings.trace is None else settings.trace
+        with jax.profiler.trace(str(folder)):
+            for number in range(settings.steps):
+                with jax.profiler.StepTraceAnnotation("step", step_num=number):
+                    jax.block_until_ready(compiled(*arguments))
+        seconds = phase_seconds(_newest(folder), scopes_of(compiled.as_text()))
+        environment = measure.environment(mesh)
+
+    calls = settings.steps * len(mesh.local_devices)
+    common = {"benchmark": "trace", "backend": group.backend, "capacity": None} | settings.record()
+    records = [
+        common | {"phase": phase, "ms": 1e3 * total / calls} | environment
+        for phase, total in sorted(seconds.items())
+    ]
+    if environment["process"] == 0:
+        whole = sum(record["ms"] for record in records)
+        report.print_table(
+            f"trace: {report.sizes(records[0])}, ffn {settings.ffn}",
+            ["phase", "ms a step and rank", "share"],
+            [[record["phase"], record["ms"], f"{record['ms'] / whole:.0%}"] for record in records],
+            [f"Time in operations, over {settings.steps} steps. " + _kept(settings)],
+        )
+        report.write_json_lines(records, settings.output.json)
+    return records
+
+
+def scopes_of(program: str) -> dict[str, str]:
+    """Operation -> its phase, from a compiled program's text: the outermost scope of the library in its name."""
+    scopes = {}
+    for operation, name in _OP_NAME.findall(program):
+        found = _SCOPE.search(name)
+        if found:
+            backward = "transpose(" in name[: found.start()]
+            scopes[operation] = f"{found[0]}, backward" if backward else found[0]
+    return scopes
+
+
+def phase_seconds(trace: pathlib.Path, scopes: dict[str, str]) -> dict[str, float]:
+    """Seconds in operations by phase, over all devices of this process; what an operation calls counts for itself."""
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+        for line in plane.lines:
+            for operation, duration in _own_times(_operations(line.events)):
+                seconds[scopes.get(operation, OTHER)] += duration * 1e-9
+    return dict(seconds)
+
+
+def _operations(events: Iterable[Any]) -> list[tuple[float, float, str]]:
+    """(start, duration, operation) in ns of the events that are operations of a compiled program."""
+    found = []
+    for event in events:
+        operation = next((value for name, value in event.stats if name == "hlo_op"), None)
+        if operation is not None:
+            found.append((event.start_ns, event.duration_ns, str(operation)))
+    return found
+
+
+def _own_times(operations: list[tuple[float, float, str]]) -> list[tuple[str, float]]:
+    """Each operation's duration without those that lie within it."""
+    times: list[tuple[str, float]] = []
+    open_until: list[tuple[float, int]] = []
+    for start, duration, operation in sorted(operations, key=lambda event: (event[0], -event[1])):
+        while open_until and open_until[-1][0] <= start:
+            open_until.pop()
+        if open_until:
+            parent, own = times[open_until[-1][1]]
+            times[open_until[-1][1]] = (parent, own - duration)
+        times.append((operation, duration))
+        open_until.append((start + duration, len(times) - 1))
+    return times
+
+
+def _newest(folder: pathlib.Path) -> pathlib.Path:
+    return max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+
+
+def _kept(settings: TraceSettings) -> str:
+    return "The trace was not kept." if settings.trace is None else f"Trace in {settings.trace}."
