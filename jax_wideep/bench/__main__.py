@@ -1,4 +1,4 @@
-"""`python -m jax_wideep.bench exchange|layer|decode`; `--help` lists the options of each."""
+"""`python -m jax_wideep.bench exchange|layer|decode|placement|trace`; `--help` lists the options of each."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import tyro
     except ModuleNotFoundError as missing:
         sys.exit(f"jax_wideep.bench needs {missing.name}: pip install 'jax_wideep[examples]'")
-    from jax_wideep.bench import decode, exchange, layer
+    from jax_wideep.bench import decode, exchange, layer, placement, trace
     from jax_wideep.bench.settings import ExchangeSettings
 
     benchmarks = {
         "exchange": (ExchangeSettings, exchange),
         "layer": (layer.LayerSettings, layer),
         "decode": (decode.DecodeSettings, decode),
+        "placement": (placement.PlacementSettings, placement),
+        "trace": (trace.TraceSettings, trace),
     }
     subcommands = tuple(
         Annotated[kind, tyro.conf.subcommand(name, description=module.__doc__)]
