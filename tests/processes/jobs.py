@@ -1,0 +1,107 @@
+"""Runs a script as the processes of one JAX job on CPU devices, and says how each of them ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+HERE = pathlib.Path(__file__).parent
+
+
+@dataclasses.dataclass
+class Outcome:
+    status: int  # as of subprocess: negative for a signal
+    output: str
+    seconds: float
+
+
+class Job:
+    """The processes; a context manager that leaves none behind."""
+
+    def __init__(
+        self,
+        scratch: pathlib.Path,
+        processes: int,
+        devices: int,
+        script: str,
+        arguments: Sequence[str] = (),
+        environment: Callable[[int], Mapping[str, str]] = lambda process: {},
+    ):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._logs = [scratch / f"log{process}" for process in range(processes)]
+        self._began = time.monotonic()
+        self.processes = []
+        for process, log in enumerate(self._logs):
+            job = {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(process),
+                "WIDEEP_DEVICES": str(devices),
+                "WIDEEP_SCRATCH": str(scratch),
+                "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+                "PYTHONUNBUFFERED": "1",
+            }
+            inherited = {name: value for name, value in os.environ.items() if name != "NPROC"}
+            with open(log, "wb") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, str(HERE / script), *arguments],
+                        env={**inherited, **job, **environment(process)},
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.wait()
+
+    def output(self, process: int) -> str:
+        return self._logs[process].read_text(errors="replace")
+
+    def wait(self, timeout_s: float, among: Sequence[int] | None = None) -> dict[int, Outcome]:
+        """Until the processes have ended, or those `among` them; fails the test where they do not in time."""
+        outcomes: dict[int, Outcome] = {}
+        waiting = set(range(len(self.processes)) if among is None else among)
+        while waiting:
+            for number in sorted(waiting):
+                status = self.processes[number].poll()
+                if status is not None:
+                    seconds = time.monotonic() - self._began
+                    outcomes[number] = Outcome(status, self.output(number), seconds)
+                    waiting.remove(number)
+            if time.monotonic() - self._began > timeout_s:
+                texts = [f"-- process {n}:\n{self.output(n)[-3000:]}" for n in range(len(self.processes))]
+                raise AssertionError(
+                    f"processes {sorted(waiting)} still run after {timeout_s:g} s\n" + "\n".join(texts)
+                )
+            time.sleep(0.02)
+        return outcomes
+
+
+def run(
+    scratch: pathlib.Path, processes: int, devices: int, script: str, *arguments: str, timeout_s: float = 180
+) -> list[str]:
+    """Outputs of a job all of whose processes must end well."""
+    with Job(scratch, processes, devices, script, arguments) as job:
+        outcomes = job.wait(timeout_s)
+    for number, outcome in outcomes.items():
+        assert outcome.status == 0, (
+            f"process {number} ended with status {outcome.status}\n{outcome.output[-4000:]}"
+        )
+    return [outcomes[number].output for number in range(processes)]
