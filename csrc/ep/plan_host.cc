@@ -22,7 +22,8 @@ Status CapacityExceeded(int rank, int64_t wanted, int64_t capacity) {
 }
 
 // Whether the rank takes part and its outputs are in this process.
-bool Here(const PlanBuffers& rank) { return !rank.masked && rank.dest_rank != nullptr; }
+// (By an array that is never empty: those of tokens are null where there are none.)
+bool Here(const PlanBuffers& rank) { return !rank.masked && rank.num_rows != nullptr; }
 
 }  // namespace
 

@@ -93,21 +93,23 @@ void HostPeers::Wake() {
   }
 }
 
-bool HostPeers::InSubgroup(const Connection& connection, int32_t subgroup) const {
+bool HostPeers::InSubgroup(const Connection& connection, int32_t subgroup,
+                           const std::vector<bool>* expected) const {
   for (const auto& [of_subgroup, rank] : connection.peer.ranks) {
-    if (of_subgroup == subgroup) return true;
+    if (of_subgroup == subgroup && (expected == nullptr || (*expected)[rank])) return true;
   }
   return false;
 }
 
-void HostPeers::Announce(const MeetingKey& key, int rank, uint64_t block, size_t bytes) {
+void HostPeers::Announce(const MeetingKey& key, int rank, const std::vector<bool>* expected,
+                         uint64_t block, size_t bytes) {
   Message message{Kind::kArrive, rank, key.run_id, key.op_instance, key.subgroup, 0, block, bytes};
   std::vector<Connection*> readers;
   {
     // Counted before the first message goes out: whoever gets it may release at once.
     std::lock_guard<std::mutex> lock(readers_mutex_);
     for (const auto& connection : connections_) {
-      if (!InSubgroup(*connection, key.subgroup)) continue;
+      if (!InSubgroup(*connection, key.subgroup, expected)) continue;
       std::lock_guard<std::mutex> connection_lock(connection->mutex);
       if (!connection->open) continue;
       connection->owed.insert(block);
@@ -124,7 +126,7 @@ void HostPeers::AnnounceFailure(const MeetingKey& key, const Status& why) {
       Kind::kFail, 0, key.run_id, key.op_instance, key.subgroup, static_cast<int32_t>(why.code()),
       0,           0};
   for (const auto& connection : connections_) {
-    if (InSubgroup(*connection, key.subgroup))
+    if (InSubgroup(*connection, key.subgroup, /*expected=*/nullptr))
       Send(*connection, message, why.message().substr(0, kMaxText));
   }
 }

@@ -70,8 +70,10 @@ class HostPeers : public std::enable_shared_from_this<HostPeers> {
   HostArena& arena() { return *arena_; }
 
   /// Tells the processes of the key's subgroup that `rank` has come and that what it sends is at
-  /// `block` of the arena, which they free together.
-  void Announce(const MeetingKey& key, int rank, uint64_t block, size_t bytes);
+  /// `block` of the arena, which they free together. `expected`, if not null: by rank, those that
+  /// take part; processes without any are not told.
+  void Announce(const MeetingKey& key, int rank, const std::vector<bool>* expected, uint64_t block,
+                size_t bytes);
   /// Tells them that the exchange failed here.
   void AnnounceFailure(const MeetingKey& key, const Status& why);
   /// Ends the connections: the peers see this process leave. Not on a thread of this object.
@@ -98,7 +100,8 @@ class HostPeers : public std::enable_shared_from_this<HostPeers> {
   void Handle(int index, const Message& message, std::string text);
   void Lose(int index);
   void Released(uint64_t block);
-  bool InSubgroup(const Connection& connection, int32_t subgroup) const;
+  bool InSubgroup(const Connection& connection, int32_t subgroup,
+                  const std::vector<bool>* expected) const;
   void Wake();
 
   const int64_t group_;

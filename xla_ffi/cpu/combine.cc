@@ -42,7 +42,8 @@ ffi::Future CombineImpl(int32_t device, ffi::RunId run_id, OpInstance* instance,
       "combine", {device, run_id, instance, group}, shape, buffers, NoCheck,
       [](const CombineShape& agreed, std::vector<CombineBuffers> ranks, Completion finish) {
         Combine(agreed, std::move(ranks), WorkerPool::Global(), [finish] { finish(Status()); });
-      });
+      },
+      EmptyCombine);
 }
 
 ffi::Future DispatchGradImpl(int32_t device, ffi::RunId run_id, OpInstance* instance, int64_t group,
@@ -63,7 +64,8 @@ ffi::Future DispatchGradImpl(int32_t device, ffi::RunId run_id, OpInstance* inst
       [](const CombineShape& agreed, std::vector<DispatchGradBuffers> ranks, Completion finish) {
         DispatchGrad(agreed, std::move(ranks), WorkerPool::Global(),
                      [finish] { finish(Status()); });
-      });
+      },
+      EmptyDispatchGrad);
 }
 
 }  // namespace

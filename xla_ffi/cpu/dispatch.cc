@@ -46,7 +46,8 @@ ffi::Future DispatchImpl(int32_t device, ffi::RunId run_id, OpInstance* instance
       "dispatch", {device, run_id, instance, group}, shape, buffers, NoCheck,
       [](const DispatchShape& agreed, std::vector<DispatchBuffers> ranks, Completion finish) {
         Dispatch(agreed, std::move(ranks), WorkerPool::Global(), [finish] { finish(Status()); });
-      });
+      },
+      EmptyDispatch);
 }
 
 ffi::Future CombineGradImpl(int32_t device, ffi::RunId run_id, OpInstance* instance, int64_t group,
@@ -68,7 +69,8 @@ ffi::Future CombineGradImpl(int32_t device, ffi::RunId run_id, OpInstance* insta
       "combine's gradient", {device, run_id, instance, group}, shape, buffers, NoCheck,
       [](const DispatchShape& agreed, std::vector<CombineGradBuffers> ranks, Completion finish) {
         CombineGrad(agreed, std::move(ranks), WorkerPool::Global(), [finish] { finish(Status()); });
-      });
+      },
+      EmptyCombineGrad);
 }
 
 }  // namespace

@@ -29,6 +29,22 @@ void GroupRegistry::AddShared(int64_t id, HostGroup group) {
   next_shared_id_ = std::max(next_shared_id_, id + 1);
 }
 
+void GroupRegistry::Mask(int64_t id, const std::vector<int>& ranks) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto found = groups_.find(id);
+    if (found == groups_.end()) return;
+    HostGroup group = *found->second;
+    std::vector<bool> expected(group.num_ranks, true);
+    for (const int rank : ranks) expected[rank] = false;
+    group.expected = ranks.empty() ? nullptr : std::make_shared<const std::vector<bool>>(expected);
+    found->second = std::make_shared<const HostGroup>(std::move(group));
+  }
+  HostRendezvous::Global().CancelGroup(
+      id, Status::FailedPrecondition("ranks were masked while an exchange was waiting. Call "
+                                     "mask_ranks between steps, once all results are ready"));
+}
+
 void GroupRegistry::Close(int64_t id) {
   std::shared_ptr<const HostGroup> group;
   {

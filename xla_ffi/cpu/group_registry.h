@@ -12,7 +12,7 @@
 
 namespace wideep {
 
-/// One group; never changes once it is made.
+/// One group; never changes once it is made, but is replaced when its mask changes.
 struct HostGroup {
   struct Place {
     int32_t subgroup;  // several groups side by side exchange separately
@@ -21,6 +21,7 @@ struct HostGroup {
   int num_ranks;
   std::chrono::milliseconds deadline;
   std::unordered_map<int64_t, Place> place_of_device;  // by JAX device id; of this process
+  std::shared_ptr<const std::vector<bool>> expected;   // by rank: not masked; null: all of them
 
   // Where ranks are in several processes:
   int process = 0;
@@ -40,6 +41,9 @@ class GroupRegistry {
   /// compiled program: the processes agree on the largest of what this gives.
   int64_t NextSharedId();
   void AddShared(int64_t id, HostGroup group);
+  /// Leaves out these ranks, in all groups side by side, takes back the others, and fails exchanges
+  /// that are still waiting. Unknown ids are ignored.
+  void Mask(int64_t id, const std::vector<int>& ranks);
   /// Forgets the group and fails its exchanges that are still waiting. Unknown ids are ignored.
   void Close(int64_t id);
   /// Null if the group was closed.

@@ -97,7 +97,8 @@ ffi::Future DispatchImpl(int32_t device, ffi::RunId run_id, OpInstance* instance
       [](const LowLatencyShape& agreed, std::vector<LowLatencyDispatchBuffers> ranks,
          Completion finish) {
         LowLatencyDispatch(agreed, std::move(ranks), WorkerPool::Global(), std::move(finish));
-      });
+      },
+      EmptyLowLatencyDispatch);
 }
 
 ffi::Future CombineImpl(int32_t device, ffi::RunId run_id, OpInstance* instance, int64_t group,
@@ -121,7 +122,8 @@ ffi::Future CombineImpl(int32_t device, ffi::RunId run_id, OpInstance* instance,
       [](const LowLatencyShape& agreed, std::vector<LowLatencyCombineBuffers> ranks,
          Completion finish) {
         LowLatencyCombine(agreed, std::move(ranks), WorkerPool::Global(), std::move(finish));
-      });
+      },
+      EmptyLowLatencyCombine);
 }
 
 ffi::Future CombineGradImpl(int32_t device, ffi::RunId run_id, OpInstance* instance, int64_t group,
@@ -149,7 +151,8 @@ ffi::Future CombineGradImpl(int32_t device, ffi::RunId run_id, OpInstance* insta
       [](const LowLatencyShape& agreed, std::vector<LowLatencyCombineBuffers> ranks,
          Completion finish) {
         LowLatencyCombineGrad(agreed, std::move(ranks), WorkerPool::Global(), std::move(finish));
-      });
+      },
+      EmptyLowLatencyCombineGrad);
 }
 
 }  // namespace

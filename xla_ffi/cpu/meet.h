@@ -79,7 +79,8 @@ struct Brought {
   Buffers buffers;
 };
 
-/// The parts of all ranks in rank order, those of other processes read from their arenas.
+/// The parts of all ranks in rank order, those of other processes read from their arenas. Ranks
+/// that were not expected are masked.
 template <typename Shape, typename Buffers>
 Status Gather(const char* op, int process, const std::vector<int>* process_of_rank,
               const std::vector<std::shared_ptr<void>>& args, Shape& shape,
@@ -91,6 +92,10 @@ Status Gather(const char* op, int process, const std::vector<int>* process_of_ra
   bool first = true, agree = true;
   for (size_t rank = 0; rank < args.size(); ++rank) {
     const Shape* of_rank = nullptr;
+    if (args[rank] == nullptr) {
+      all[rank].masked = true;
+      continue;
+    }
     if (!elsewhere(rank)) {
       const auto& brought = *static_cast<const Brought<Shape, Buffers>*>(args[rank].get());
       of_rank = &brought.shape;
@@ -139,18 +144,21 @@ void Announce(const HostGroup& group, const MeetingKey& key, const char* op, con
                  HostRendezvous::Global().FailElsewhere(key, status);
                  return coming->done(status);
                }
-               peers->Announce(key, coming->rank, block.offset, block.bytes);
+               peers->Announce(key, coming->rank, coming->expected.get(), block.offset,
+                               block.bytes);
                HostRendezvous::Global().Arrive(key, std::move(*coming), exchange);
              });
 }
 
 /// `Shape` is what all ranks must agree on, `Buffers` one rank's part. `check(place)` may refuse
 /// the call; `run(shape, buffers of all ranks in rank order, finish)` does the exchange for the
-/// ranks of this process.
+/// ranks of this process; `empty(shape, buffers)` writes what a masked rank gets, which meets
+/// nobody.
 template <typename Shape, typename Buffers>
 ffi::Future Meet(const char* op, const CallSite& site, const Shape& shape, const Buffers& buffers,
                  const std::function<Status(const HostGroup&, HostGroup::Place)>& check,
-                 void (*run)(const Shape&, std::vector<Buffers>, Completion)) {
+                 void (*run)(const Shape&, std::vector<Buffers>, Completion),
+                 void (*empty)(const Shape&, const Buffers&)) {
   std::shared_ptr<const HostGroup> group = GroupRegistry::Global().Find(site.group);
   if (group == nullptr) {
     return FailedFuture(Status::FailedPrecondition(
@@ -168,11 +176,17 @@ ffi::Future Meet(const char* op, const CallSite& site, const Shape& shape, const
 
   ffi::Promise promise;
   ffi::Future future(promise);
+  if (group->expected != nullptr && !(*group->expected)[place->second.rank]) {
+    empty(shape, buffers);
+    promise.SetAvailable();
+    return future;
+  }
   HostRendezvous::Arrival arrival;
   arrival.rank = place->second.rank;
   arrival.num_ranks = group->num_ranks;
   arrival.op = op;
   arrival.deadline = group->deadline;
+  arrival.expected = group->expected;
   arrival.args = std::make_shared<Brought<Shape, Buffers>>(Brought<Shape, Buffers>{shape, buffers});
   HandlerScope handler;
   arrival.done = [promise, running = handler.running(), env = GetFloatEnv()](const Status& status) {

@@ -156,6 +156,13 @@ NB_MODULE(_wideep_cpu, m) {
       "executable_done", [] { ++wideep::num_executables; },
       "To be called after each compilation: call sites are counted anew.");
   m.def(
+      "mask_group",
+      [](int64_t id, const std::vector<int>& ranks) {
+        wideep::GroupRegistry::Global().Mask(id, ranks);
+      },
+      nb::arg("id"), nb::arg("ranks"), nb::call_guard<nb::gil_scoped_release>(),
+      "leaves these ranks out and takes the others back");
+  m.def(
       "close_group", [](int64_t id) { wideep::GroupRegistry::Global().Close(id); }, nb::arg("id"),
       nb::call_guard<nb::gil_scoped_release>());
   m.def("isa", [] { return wideep::SelectRowKernels().isa; }, "instruction set of the row kernels");

@@ -42,10 +42,12 @@ ffi::Future PlanImpl(int32_t device, ffi::RunId run_id, OpInstance* instance, in
         " of the ExpertGroup but rank " + std::to_string(mesh_rank) +
         " in this shard_map. Build the group from the same mesh that shard_map uses");
   };
-  return Meet<PlanShape, PlanBuffers>("make_plan", {device, run_id, instance, group}, shape,
-                                      buffers, check,
-                                      [](const PlanShape& agreed, std::vector<PlanBuffers> ranks,
-                                         Completion finish) { finish(MakePlan(agreed, ranks)); });
+  return Meet<PlanShape, PlanBuffers>(
+      "make_plan", {device, run_id, instance, group}, shape, buffers, check,
+      [](const PlanShape& agreed, std::vector<PlanBuffers> ranks, Completion finish) {
+        finish(MakePlan(agreed, ranks));
+      },
+      MakeEmptyPlan);
 }
 
 }  // namespace
