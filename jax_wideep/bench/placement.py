@@ -8,7 +8,7 @@ rows of capacity that they need, so that nothing is dropped: the fullest rank's 
 | exchange | plan, dispatch, combine; with a placement also the choice of replicas |
 | layer | the same with the experts between them, forward |
 | choosing replicas | Placement.to_physical alone |
-| moving experts | move_experts of one layer's matrices, there from an even placement (--no-move where XLA has no collectives) |
+| moving experts | move_experts of a layer's matrices from an even placement (--no-move leaves it out) |
 """
 
 from __future__ import annotations
