@@ -30,7 +30,7 @@ class LayerInputs(NamedTuple):
       block: the layer.
       x: [batch, seq, hidden] input of the layer.
       tokens: [batch * seq, hidden] input of its MoE layer.
-      topk_idx: [batch * seq, k] where they go.
+      topk_idx: [batch * seq, k] where they go, physical experts.
       topk_weights: [batch * seq, k] gate weights.
     """
 
@@ -52,8 +52,10 @@ def layer_inputs(model: Transformer, tokens: np.ndarray) -> list[LayerInputs]:
             after = x + block.attention(block.attention_norm(x))[0]
             normed = block.moe_norm(after)
             flat = normed.reshape(-1, normed.shape[-1])
-            routing = _route(model)(block.moe.gate.kernel[...], flat)[0]
-            found.append((x, flat, *routing))
+            topk_idx, topk_weights = _route(model)(block.moe.gate.kernel[...], flat)[0]
+            if block.moe.places is not None:
+                topk_idx = _to_physical(model, block.moe.places.get(), topk_idx)
+            found.append((x, flat, topk_idx, topk_weights))
             x = after + block.moe(normed)
         return found
 
@@ -63,7 +65,7 @@ def layer_inputs(model: Transformer, tokens: np.ndarray) -> list[LayerInputs]:
 
 def routes(model: Transformer, layer: LayerInputs) -> np.ndarray:
     """[ranks, experts] selections that each source rank sends to each expert."""
-    num_ranks, num_experts = model.group.num_ranks, model.config.num_experts
+    num_ranks, num_experts = model.group.num_ranks, model.group.num_experts
     chosen = np.asarray(layer.topk_idx).reshape(num_ranks, -1)
     return np.stack([np.bincount(of_rank, minlength=num_experts) for of_rank in chosen])
 
@@ -144,10 +146,11 @@ def _parts(
     capacity = None
     if config.capacity_factor is not None:
         capacity = int(np.ceil(config.capacity_factor * tokens_per_rank * group.top_k))
-    graph, _ = nnx.split(model.blocks[0])
+    graph, _, rest = nnx.split(model.blocks[0], nnx.Param, ...)
+    rest = jax.tree.map(jnp.copy, rest)  # a training step takes the model's own arrays away
 
     def attention(state: Any, x: jax.Array) -> jax.Array:
-        block = nnx.merge(graph, state)
+        block = nnx.merge(graph, state, rest)
         return block.attention(block.attention_norm(x))[0]
 
     def exchange(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array) -> jax.Array:
@@ -167,7 +170,7 @@ def _parts(
         moe = layer.block.moe
         rows, group_sizes = receive(layer.tokens, layer.topk_idx, layer.topk_weights)
         return {
-            "attention": (nnx.state(layer.block), layer.x),
+            "attention": (nnx.state(layer.block, nnx.Param), layer.x),
             "routing": (moe.gate.kernel[...], layer.tokens),
             "exchange": (layer.tokens, layer.topk_idx, layer.topk_weights),
             "experts": (rows, group_sizes, moe.wi[...], moe.wo[...]),
@@ -207,6 +210,17 @@ def _route(model: Transformer) -> Callable[..., Any]:
         in_specs=(PartitionSpec(), PartitionSpec(axes)),
         out_specs=(PartitionSpec(axes), PartitionSpec()),
     )
+
+
+def _to_physical(model: Transformer, placement: wep.Placement, topk_idx: jax.Array) -> jax.Array:
+    """What moe_ffn exchanges: each selection's replica."""
+    axes = tuple(model.group.mesh.axis_names)
+    return jax.shard_map(
+        lambda placement, idx: placement.to_physical(idx, jax.lax.axis_index(axes)),
+        mesh=model.group.mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(axes)),
+        out_specs=PartitionSpec(axes),
+    )(placement, topk_idx)
 
 
 def _on_ranks(model: Transformer, function: Callable[..., Any]) -> Callable[..., Any]:
