@@ -80,9 +80,9 @@ def make_masked_plan(topk_idx: np.ndarray, num_experts: int, capacity: int, mask
     kept, dropped = mask_ranks(topk_idx, num_experts, masked)
     plan = make_plan(kept, num_experts, capacity)
     taking_part = [rank for rank in range(len(topk_idx)) if rank not in masked]
-    wanted = make_plan(topk_idx[taking_part], num_experts, capacity).tokens_per_expert
+    selected = topk_idx[taking_part]
     plan.tokens_per_expert = np.zeros((len(topk_idx), num_experts), np.int32)
-    plan.tokens_per_expert[taking_part] = wanted
+    plan.tokens_per_expert[taking_part] = np.bincount(selected[selected >= 0], minlength=num_experts)
     plan.overflow += dropped
     return plan
 

@@ -78,12 +78,12 @@ def whole_call(world, group, quantize_wire, halves):
     return world.on_ranks(body)
 
 
-def check_case(world, call, dtype, quantize_wire, tokens, seed, masked=(), **routing):
+def check_case(world, call, dtype, quantize_wire, tokens, seed, masked_ranks=(), **routing):
     x, weights, topk_idx, cotangent = draw(world, seed, dtype, tokens, **routing)
     scale = np.full((world.num_ranks, 1), SCALE, np.float32)
     got = call(*(world.put(array) for array in (x, weights, topk_idx, cotangent, scale)))
 
-    topk_idx, _ = oracle.mask_ranks(topk_idx, LOCAL_EXPERTS * world.num_ranks, masked)
+    topk_idx, _ = oracle.mask_ranks(topk_idx, LOCAL_EXPERTS * world.num_ranks, masked_ranks)
     sent = x
     if quantize_wire == "fp8":
         sent = oracle.dequantize(*oracle.quantize(x), x.dtype)
