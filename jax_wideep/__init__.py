@@ -5,6 +5,7 @@ from typing import Any
 
 from jax_wideep import routing
 from jax_wideep._microbatches import CHECKPOINT_NAMES
+from jax_wideep._swiglu import ClampedSwiGLU
 from jax_wideep.exchange import combine, dispatch
 from jax_wideep.group import ExpertGroup, use_cpu_devices
 from jax_wideep.grouped_matmul import grouped_matmul, grouped_matmul_weight_grad
@@ -25,6 +26,7 @@ from jax_wideep.routing import RouterConfig
 
 __all__ = [
     "CHECKPOINT_NAMES",
+    "ClampedSwiGLU",
     "DispatchPlan",
     "ExpertGroup",
     "MoEStats",

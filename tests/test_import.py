@@ -12,7 +12,7 @@ import jax_wideep as wep
 PUBLIC = """
     ExpertGroup make_plan dispatch combine grouped_matmul moe_ffn DispatchPlan MoEStats Received
     ll_dispatch ll_dispatch_send ll_dispatch_recv ll_combine ll_combine_send ll_combine_recv
-    routing RouterConfig CHECKPOINT_NAMES use_cpu_devices flax families
+    routing RouterConfig CHECKPOINT_NAMES ClampedSwiGLU use_cpu_devices flax families
 """
 
 

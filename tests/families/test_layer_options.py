@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec
 
 import jax_wideep as wep
 from jax_wideep._expert_bias import add_expert_bias
-from jax_wideep._swiglu import ClampedSwiGLU
 
 RANKS, EXPERTS, HIDDEN, FFN, TOKENS = 4, 8, 16, 6, 9
 
@@ -61,7 +60,7 @@ def test_bias_and_its_gradient_ignore_rows_of_no_group(form, implementation, bia
 
 
 def test_clamped_swiglu_at_and_beyond_its_limits():
-    act = ClampedSwiGLU(alpha=2.0, limit=3.0)
+    act = wep.ClampedSwiGLU(alpha=2.0, limit=3.0)
     gate = np.array([-10.0, -3, 0.5, 3, 3.5, 3.5, np.nan], np.float32)
     up = np.array([0.5, -3, 3, -3.5, 3.5, -1, 1], np.float32)
 
@@ -135,7 +134,7 @@ def test_biases_and_weights_on_the_input(make_group, top_k, weigh_input, setting
     topk_idx = np.argsort(rng.random((RANKS * TOKENS, EXPERTS)), axis=1)[:, :top_k].astype(np.int32)
     topk_idx[rng.random(topk_idx.shape) < 0.2] = -1
     topk_idx[topk_idx == 5] = -1  # an expert without rows
-    activation = ClampedSwiGLU(limit=1.0)
+    activation = wep.ClampedSwiGLU(limit=1.0)
     floats = (
         draw(rng, RANKS * TOKENS, HIDDEN),
         draw(rng, RANKS * TOKENS, top_k),
@@ -198,7 +197,7 @@ def test_linen_and_nnx_are_the_same_layer(make_group):
     group = make_group(RANKS, num_experts=EXPERTS, top_k=2, hidden=HIDDEN, backend="xla")
     settings = {
         "hidden": HIDDEN, "ffn": FFN, "num_experts": EXPERTS, "top_k": 2, "group": group, "shared_ffn": 4,
-        "shared_gate": True, "use_bias": True, "weigh_input": True, "activation": ClampedSwiGLU(limit=0.5),
+        "shared_gate": True, "use_bias": True, "weigh_input": True, "activation": wep.ClampedSwiGLU(limit=0.5),
         "router": wep.RouterConfig(EXPERTS, 2, use_logit_bias=True),
     }  # fmt: skip
     layer = wep.flax.MoE(**settings, rngs=nnx.Rngs(0))
