@@ -12,6 +12,7 @@ HOST_SOURCES = [
     "csrc/ep/low_latency_host.cc",
     "csrc/ep/plan_host.cc",
     "csrc/ep/row_kernels_select.cc",
+    "csrc/ep/two_hop_plan.cc",
     "csrc/transport/host_arena.cc",
     "csrc/transport/host_peers.cc",
     "csrc/transport/host_rendezvous.cc",
@@ -33,6 +34,9 @@ HOST_HEADERS = [
     "csrc/ep/row_kernels.h",
     "csrc/ep/sent_host.h",
     "csrc/ep/token_tasks.h",
+    "csrc/ep/two_hop_layout.h",
+    "csrc/ep/two_hop_plan.h",
+    "csrc/ep/two_hop_protocol.h",
     "csrc/transport/host_arena.h",
     "csrc/transport/host_peers.h",
     "csrc/transport/host_rendezvous.h",
@@ -69,13 +73,18 @@ CPP_TESTS = [
     "tests/cpp/plan_test.cc",
     "tests/cpp/rendezvous_test.cc",
     "tests/cpp/row_kernels_test.cc",
+    "tests/cpp/two_hop_test.cc",
     "tests/cpp/worker_pool_test.cc",
+    "tests/model/two_hop_explore.cc",
 ]
 
 CPP_TEST_HEADERS = [
     "tests/cpp/check.h",
     "tests/cpp/exchange_testing.h",
     "tests/cpp/number_formats.h",
+    "tests/cpp/two_hop_stages.h",
+    "tests/cpp/two_hop_world.h",
+    "tests/model/two_hop_model.h",
 ]
 
 # The grouped GEMM: csrc, so no XLA and no Python.
