@@ -311,6 +311,8 @@ class Transformer(nnx.Module):
         return self.unembed(self.norm(x)).astype(jnp.float32)
 
     def _split_batch(self, x: jax.Array) -> jax.Array:
+        if self.group.is_manual():  # called inside a shard_map, on one rank's sequences
+            return x
         return jax.lax.with_sharding_constraint(x, self._sharding(x.shape[0]))
 
     def _sharding(self, batch: int, leading: int = 0) -> NamedSharding:

@@ -9,6 +9,8 @@
 #   suite     exchange_suite.py at each of $RANKS processes that share the GPU (default: 1 2 3 4 8), under MPS
 #   killed    failures without command buffers: the next call raises too; a process dies, the others say which; and
 #             then leave its rank out and go on
+#   layers    moe_suite.py and families_suite.py at each of $RANKS processes
+#   train     train_suite.py at 8 processes, against eight CPU devices
 #   kernels   benchmarks/exchange.cu with $KERNELS (default: --sweep), virtual ranks in one process
 #   bench     benchmarks/exchange_gpu.py with $BENCH, at 8 processes
 #
@@ -52,6 +54,20 @@ for name in ${@:-cpp suite killed}; do
         4 tests/gpu/exchange_suite.py bad_index delayed killed
       step 60 killed python3 tests/gpu/launch.py --timeout 50 --xla-flag=--xla_gpu_enable_command_buffer= \
         4 tests/gpu/exchange_suite.py killed_then_masked ;;
+    layers)
+      start_mps
+      for ranks in $RANKS; do
+        for suite in moe families; do
+          step 110 layers python3 tests/gpu/launch.py --timeout 100 --xla-flag=--xla_gpu_autotune_level=0 \
+            "$ranks" tests/gpu/${suite}_suite.py
+        done
+      done ;;
+    train)
+      step 150 train env JAX_PLATFORMS=cpu WIDEEP_CPU_RANKS=8 WIDEEP_BACKEND=xla PYTHONPATH=.:tests:${PYTHONPATH:-} \
+        python3 tests/gpu/train_suite.py --save "$BUILD_DIR/training.npz"
+      start_mps
+      step 110 train python3 tests/gpu/launch.py --timeout 100 8 tests/gpu/train_suite.py \
+        --reference "$BUILD_DIR/training.npz" ;;
     kernels) step 300 kernels "$BUILD_DIR/exchange_benchmark" "--json=$LOGS/exchange.jsonl" ${KERNELS:---sweep} ;;
     bench)
       start_mps
