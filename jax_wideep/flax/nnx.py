@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -192,6 +193,10 @@ class MoE(nnx.Module):
         self.gate = Gate(made.pop("gate.kernel"), made.pop("gate.bias", None), bias)
         for name, param in made.items():
             setattr(self, name, param)
+
+    def mask_ranks(self, ranks: Iterable[int]) -> None:
+        """Leaves ranks of the layer's group out, for all layers over it; see ExpertGroup.mask_ranks."""
+        self.config.group.mask_ranks(ranks)
 
     def __call__(
         self,
