@@ -48,8 +48,8 @@ def load_layer(
       progress: shows a bar on process 0, which needs tqdm.
 
     Raises:
-      ValueError: the layer's settings are not the preset's, or a tensor is missing, truncated, of the wrong shape or
-        of the wrong dtype; the message names it.
+      ValueError: the layer's settings are not the preset's, it is abstract and has a placement, or a tensor is missing,
+        truncated, of the wrong shape or of the wrong dtype; the message names it.
     """
     config = layer.config
     for name in (
@@ -70,6 +70,14 @@ def load_layer(
                 f"load_layer: layer: expected {name} = {expected!r} as in preset, got {got!r}; make it with "
                 "preset.make_layer"
             )
+    placement = None
+    if layer.places is not None:
+        if isinstance(layer.places.replicas.get_value(), jax.ShapeDtypeStruct):
+            raise ValueError(
+                "load_layer: layer: expected arrays in one that has a placement, got an abstract one; make it without "
+                "nnx.eval_shape"
+            )
+        placement = layer.places.get()
     params = load_params(
         checkpoint,
         preset,
@@ -77,7 +85,7 @@ def load_layer(
         number,
         prefix=prefix,
         param_dtype=config.param_dtype,
-        placement=None if layer.places is None else layer.places.get(),
+        placement=placement,
         cast=cast,
         progress=progress,
     )

@@ -49,6 +49,9 @@ class TransformerConfig:
       router: how experts are chosen; None is softmax with renormalised top-k.
       activation: of the experts, see MoE.
       shared_ffn: inner size of the shared expert; 0 for none.
+      shared_gate: whether a learned score of the token gates the shared expert.
+      use_bias: whether experts have biases.
+      weigh_input: whether gate weights multiply the experts' inputs.
       capacity_factor: rows a rank can receive, as a multiple of the average load; None drops nothing.
       quantize: wire format of decode.
       redundant_experts: places for replicas of hot experts in every layer, see MoE; None: no placement.
@@ -71,6 +74,9 @@ class TransformerConfig:
     router: RouterConfig | None = None
     activation: Activation = "swiglu"
     shared_ffn: int = 0
+    shared_gate: bool = False
+    use_bias: bool = False
+    weigh_input: bool = False
     capacity_factor: float | None = None
     quantize: Quantize = "fp8"
     redundant_experts: int | None = None
@@ -181,6 +187,9 @@ class Block(nnx.Module):
             router=config.router,
             activation=config.activation,
             shared_ffn=config.shared_ffn,
+            shared_gate=config.shared_gate,
+            use_bias=config.use_bias,
+            weigh_input=config.weigh_input,
             capacity_factor=config.capacity_factor,
             quantize=config.quantize,
             redundant_experts=config.redundant_experts,

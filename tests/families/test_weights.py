@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jax_wideep import families
+from jax_wideep.flax.transformer import Transformer, TransformerConfig
 
 QUIET = {"progress": False}
 
@@ -85,6 +86,21 @@ def test_loaded_and_saved(tmp_path, family, family_group, dtype, files):
     assert read(tmp_path / "ours") == as_read(tensors)
 
 
+def test_groups_side_by_side_read_once(tmp_path, make_group):
+    """Experts over one axis of a mesh with two: each is on two devices, and read for both at once."""
+    preset = PRESETS["gpt_oss"]
+    mesh = jax.make_mesh((2, 4), ("data", "expert"), devices=jax.devices()[:8])
+    group = make_group(mesh=mesh, num_experts=EXPERTS, top_k=2, hidden=HIDDEN, backend="xla")
+    tensors, want = draw_checkpoint("gpt_oss")
+    checkpoint = families.Checkpoint(write(tmp_path / "theirs", tensors))
+    params = families.load_params(checkpoint, preset, group, 5, **QUIET)
+    assert checkpoint.bytes_read == sum(tensor.nbytes for tensor in tensors.values())
+    for shard in params["wi"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, want["wi"][shard.index])
+    families.save_layers(tmp_path / "ours", {5: params}, preset, **QUIET)
+    assert read(tmp_path / "ours") == as_read(tensors)
+
+
 def test_saved_over_several_files(tmp_path, family_group):
     preset = PRESETS["qwen3_moe"]
     group = family_group(preset)
@@ -134,12 +150,29 @@ def test_linen_takes_the_parameters(tmp_path, family_group):
     np.testing.assert_array_equal(linen.apply(variables, x), layer(x))
 
 
+def test_a_layer_of_a_transformer(tmp_path, family, family_group):
+    preset = PRESETS[family]
+    tensors, want = draw_checkpoint(family)
+    config = TransformerConfig(**preset.layer_settings(), num_heads=2, num_layers=2, vocab=8)
+    model = nnx.eval_shape(lambda: Transformer(config, family_group(preset, backend="xla"), rngs=nnx.Rngs(0)))
+    checkpoint = families.Checkpoint(write(tmp_path, tensors))
+    families.load_layer(model.blocks[1].moe, checkpoint, preset, 5, **QUIET)
+    for name, value in want.items():
+        np.testing.assert_array_equal(model.blocks[1].moe.parameter(name)[...], value, name)
+    assert isinstance(model.blocks[0].moe.wi.get_value(), jax.ShapeDtypeStruct)
+
+
 def test_replicas_are_loaded_and_saved_once(tmp_path, family, make_group):
     preset = PRESETS[family]
     tensors, want = draw_checkpoint(family)
     group = make_group(4, num_experts=EXPERTS + 4, top_k=preset.router.top_k, hidden=HIDDEN, backend="xla")
     layer = preset.make_layer(group, rngs=nnx.Rngs(0), redundant_experts=4)
+    abstract = nnx.eval_shape(lambda: preset.make_layer(group, rngs=nnx.Rngs(0), redundant_experts=4))
     checkpoint = families.Checkpoint(write(tmp_path / "theirs", tensors))
+    with pytest.raises(
+        ValueError, match="layer: expected arrays in one that has a placement, got an abstract"
+    ):
+        families.load_layer(abstract, checkpoint, preset, 5, **QUIET)
     families.load_layer(layer, checkpoint, preset, 5, **QUIET)
     logical = np.asarray(layer.places.get().logical_of_physical)
     assert len(logical) == EXPERTS + 4
