@@ -76,6 +76,10 @@ TEST(RandomShapes) { RunRandomExchanges<CudaMachine>(40, 100, 100, 300, 8, 0); }
 
 TEST(RandomShapesWithDelays) { RunRandomExchanges<CudaMachine>(40, 1000, 60, 200, 8, 300); }
 
+TEST(RandomMasks) { RunMaskedExchanges<CudaMachine>(30, 300, 80, 256, 8, 0); }
+
+TEST(RandomMasksWithDelays) { RunMaskedExchanges<CudaMachine>(20, 2000, 40, 128, 8, 300); }
+
 /// Rows of more than one piece, and a plan of more than one block.
 TEST(LargeRows) {
   for (const DType dtype : {DType::kBF16, DType::kF32}) {
@@ -143,6 +147,14 @@ TEST(MissingRankIsNamed) {
   // The GPU is as usable as before, and a later op of the group ends at once.
   for (const int rank : {0, 1, 3}) CHECK(LaunchPlan(plans[rank], ranks.stream(rank)).ok());
   CHECK(ranks.machine().Synchronize());
+  // Without the rank the others go on, and then with it.
+  Random random(6);
+  ExchangeCase c;
+  c.masked_run = false;
+  for (const uint32_t masked : {0b0100u, 0u}) {
+    c.masked = masked;
+    RunExchangeCase(ranks, c, random);
+  }
 }
 
 TEST(IndexOutOfRangeIsReportedOnEveryRank) {

@@ -45,6 +45,10 @@ TEST(RandomShapes) { RunRandomLowLatency<CudaMachine>(40, 100, 24, 1024, 8, 0); 
 
 TEST(RandomShapesWithDelays) { RunRandomLowLatency<CudaMachine>(20, 1000, 16, 512, 8, 200); }
 
+TEST(RandomMasks) { RunMaskedLowLatency<CudaMachine>(30, 700, 16, 512, 8, 0); }
+
+TEST(RandomMasksWithDelays) { RunMaskedLowLatency<CudaMachine>(10, 2700, 8, 256, 8, 200); }
+
 TEST(Lopsided) { RunLopsidedLowLatency<CudaMachine>(8); }
 
 GroupSettings EightRanks(bool once_per_rank) {
