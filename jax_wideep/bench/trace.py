@@ -27,7 +27,11 @@ from jax_wideep.bench.settings import Draws
 from jax_wideep.moe import inner_size
 
 _SCOPE = re.compile(r"wideep_\w+")
-_OP_NAME = re.compile(r"%?([\w.\-]+) = [^\n]*metadata=\{[^\n]*?op_name=\"([^\"]*)\"")
+# In the text of a compiled program.
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_OPERATION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 OTHER = "other"
 
 
@@ -39,6 +43,8 @@ class TraceSettings(LayerSettings):
     """Steps recorded; one before them compiles."""
     trace: pathlib.Path | None = None
     """Folder for the trace; none keeps none."""
+    longest: int = 12
+    """Operations to list."""
 
 
 def run(settings: TraceSettings) -> list[report.Record]:
@@ -79,20 +85,26 @@ def run(settings: TraceSettings) -> list[report.Record]:
         compiled = on_ranks(mesh, step).lower(*arguments).compile()
         jax.block_until_ready(compiled(*arguments))
         folder = pathlib.Path(scratch) if settings.trace is None else settings.trace
+        if jax.process_count() > 1:  # which would write files of one name
+            folder = folder / f"process{jax.process_index()}"
         with jax.profiler.trace(str(folder)):
             for number in range(settings.steps):
                 with jax.profiler.StepTraceAnnotation("step", step_num=number):
                     jax.block_until_ready(compiled(*arguments))
-        seconds = phase_seconds(_newest(folder), scopes_of(compiled.as_text()))
+        times = operation_seconds(_newest(folder))
+        scopes = scopes_of(compiled.as_text())
         environment = measure.environment(mesh)
 
     calls = settings.steps * len(mesh.local_devices)
     common = {"benchmark": "trace", "backend": group.backend, "capacity": None} | settings.record()
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for operation, total in times.items():
+        seconds[scopes.get(operation, OTHER)] += total
     records = [
         common | {"phase": phase, "ms": 1e3 * total / calls} | environment
         for phase, total in sorted(seconds.items())
     ]
-    if environment["process"] == 0:
+    if environment["process"] == 0 and records:
         whole = sum(record["ms"] for record in records)
         report.print_table(
             f"trace: {report.sizes(records[0])}, ffn {settings.ffn}",
@@ -100,38 +112,75 @@ def run(settings: TraceSettings) -> list[report.Record]:
             [[record["phase"], record["ms"], f"{record['ms'] / whole:.0%}"] for record in records],
             [f"Time in operations, over {settings.steps} steps. " + _kept(settings)],
         )
+        longest = sorted(times.items(), key=lambda item: -item[1])[: settings.longest]
+        report.print_table(
+            "The longest operations",
+            ["operation", "phase", "ms a step and rank"],
+            [[name, scopes.get(name, OTHER), 1e3 * total / calls] for name, total in longest],
+        )
         report.write_json_lines(records, settings.output.json)
     return records
 
 
 def scopes_of(program: str) -> dict[str, str]:
-    """Operation -> its phase, from a compiled program's text: the outermost scope of the library in its name."""
-    scopes = {}
-    for operation, name in _OP_NAME.findall(program):
-        found = _SCOPE.search(name)
-        if found:
-            backward = "transpose(" in name[: found.start()]
-            scopes[operation] = f"{found[0]}, backward" if backward else found[0]
+    """Operation -> its phase, from a compiled program's text: the outermost scope of the library in its name.
+
+    The compiler drops the names of some operations that it makes. Those belong to the phase of most operations that
+    they call, or else, inside a loop, of most operations beside them.
+    """
+    scopes: dict[str, str] = {}
+    nameless: list[tuple[str, str, list[str]]] = []  # operation, computation, computations that it calls
+    inside: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    computation = ""
+    for line in program.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            computation = "" if header[1] else header[2]  # the entry has operations of all phases
+            continue
+        operation = _OPERATION.match(line)
+        if not operation:
+            continue
+        name = _OP_NAME.search(line)
+        found = _SCOPE.search(name[1]) if name else None
+        if name and found:
+            backward = "transpose(" in name[1][: found.start()]
+            scopes[operation[1]] = f"{found[0]}, backward" if backward else found[0]
+            inside[computation][scopes[operation[1]]] += 1
+        else:
+            nameless.append((operation[1], computation, _CALLED.findall(line)))
+    for operation, computation, called in nameless:
+        votes = sum((inside[name] for name in called), collections.Counter()) or inside[computation]
+        if votes and (called or computation):
+            scopes[operation] = votes.most_common(1)[0][0]
     return scopes
 
 
-def phase_seconds(trace: pathlib.Path, scopes: dict[str, str]) -> dict[str, float]:
-    """Seconds in operations by phase, over all devices of this process; what an operation calls counts for itself."""
+def operation_seconds(trace: pathlib.Path) -> dict[str, float]:
+    """Seconds by operation, over all devices of this process; what an operation calls counts for itself.
+
+    On a GPU these are the kernels; one that names no operation counts under its own name.
+    """
+    planes = list(jax.profiler.ProfileData.from_file(str(trace)).planes)
+    on_devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     seconds: dict[str, float] = collections.defaultdict(float)
-    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+    for plane in on_devices or planes:
         for line in plane.lines:
-            for operation, duration in _own_times(_operations(line.events)):
-                seconds[scopes.get(operation, OTHER)] += duration * 1e-9
+            # Other lines of a device repeat what its streams ran.
+            if on_devices and not line.name.startswith("Stream"):
+                continue
+            for operation, duration in _own_times(_operations(line.events, named=not on_devices)):
+                seconds[operation] += duration * 1e-9
     return dict(seconds)
 
 
-def _operations(events: Iterable[Any]) -> list[tuple[float, float, str]]:
-    """(start, duration, operation) in ns of the events that are operations of a compiled program."""
+def _operations(events: Iterable[Any], named: bool) -> list[tuple[float, float, str]]:
+    """(start, duration, operation) in ns of the events that are operations of a compiled program; with `named`, only
+    those that say which."""
     found = []
     for event in events:
         operation = next((value for name, value in event.stats if name == "hlo_op"), None)
-        if operation is not None:
-            found.append((event.start_ns, event.duration_ns, str(operation)))
+        if operation is not None or not named:
+            found.append((event.start_ns, event.duration_ns, str(operation or event.name)))
     return found
 
 
