@@ -46,6 +46,8 @@ class Options:
     Attributes:
       devices: CPU devices that each process makes, by default 8 or as launched; where JAX finds GPUs, those are used.
       backend: of the exchange.
+      deadline_s: seconds after which an exchange reports ranks that have not come. Processes do not end compiling at
+        the same moment, so leave time for that.
       steps: training steps in all, those before a restart included.
       batch: sequences a step, over all devices.
       microbatches: parts of a step's batch that are computed one after the other, to save memory.
@@ -69,6 +71,7 @@ class Options:
 
     devices: int | None = None
     backend: Backend = "auto"
+    deadline_s: float = 120.0
     steps: int = 200
     batch: int = 16
     microbatches: int = 1
@@ -106,7 +109,9 @@ def start_processes(options: Options) -> None:
 def train(options: Options) -> Run:
     """Trains, or goes on from the newest checkpoint, until the last step or a signal; after `start_processes`."""
     corpus = read_corpus(options.data, options.pattern)
-    model = training.make_model(options.model.config(), options.seed, backend=options.backend)
+    model = training.make_model(
+        options.model.config(), options.seed, backend=options.backend, deadline_s=options.deadline_s
+    )
     _check(options, model.group.num_ranks)
     schedule = training.make_schedule(
         options.learning_rate, options.steps, options.warmup, options.final_learning_rate

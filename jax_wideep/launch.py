@@ -402,7 +402,8 @@ def environment(
     return env
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """Of the launcher's own command line."""
     parser = argparse.ArgumentParser(
         prog="python -m jax_wideep.launch",
         description=__doc__,
@@ -415,6 +416,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grace", type=float, default=5, help="seconds between SIGTERM and SIGKILL")
     parser.add_argument("program", help="a file, or the name of a module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's own")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
     options = parser.parse_args(argv)
     for name in ("processes", "devices_per_process"):
         value = getattr(options, name)
