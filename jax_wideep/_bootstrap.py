@@ -92,6 +92,14 @@ class Bootstrap:
                 f"processes of {self.processes} must make the same ExpertGroups in the same order"
             ) from error
 
+    def let_all_hear(self, step: str) -> None:
+        """Before an error that all processes raise: none ends while another has yet to read what was gathered.
+
+        The coordination service ends with the process that runs it, and takes its clients along.
+        """
+        with contextlib.suppress(Exception):  # the error is worth more than the courtesy
+            self.all_gather(f"{step} heard", None)
+
     def all_gather_descriptors(
         self, descriptors: Sequence[int] | Mapping[int, Sequence[int]]
     ) -> dict[int, list[int]]:

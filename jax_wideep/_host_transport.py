@@ -86,10 +86,14 @@ def connect(settings: HostSettings) -> HostTransport | None:
     meeting = _bootstrap.Bootstrap(processes, this, _ffi.coordination_client(), timeout_s)
     module = _ffi.cpu_module()
     hello = meeting.all_gather("hello", _introduce(module, settings))
-    if settings.backend == "xla":
-        _bootstrap.agree_on_settings(hello)
-        return None
-    _bootstrap.agree(hello)
+    try:
+        if settings.backend == "xla":
+            _bootstrap.agree_on_settings(hello)
+            return None
+        _bootstrap.agree(hello)
+    except ValueError:
+        meeting.let_all_hear("hello")
+        raise
     assert module is not None  # otherwise an obstacle, above
     handle = max(record["next_id"] for record in hello.values())
 
@@ -114,6 +118,8 @@ def connect(settings: HostSettings) -> HostTransport | None:
             for end in theirs:
                 end.close()
         _open(module, handle, settings, arena, received, ends)
+    except _bootstrap.BootstrapError:  # a process is missing: it would be missed again below
+        raise
     except (RuntimeError, OSError) as caught:
         error = str(caught)
     finally:

@@ -244,10 +244,10 @@ Status HostRendezvous::RefuseLost(const MeetingKey& key, const Meeting& meeting)
   if (gone.empty()) return Status();
   std::string why;
   for (const std::string& reason : reasons) why += (why.empty() ? "" : ", ") + reason;
-  return Status::FailedPrecondition(std::string(meeting.op) + ": " + Name(meeting, gone) +
-                                    " will not come: " + why +
-                                    ". Look at that process's own error; the ExpertGroup cannot be "
-                                    "used any more, so make a new one, in new processes");
+  return Status::FailedPrecondition(
+      std::string(meeting.op) + ": " + Name(meeting, gone) + " will not come: " + why +
+      ". Look at that process's own error. The group goes on without those ranks "
+      "after mask_ranks; otherwise start the processes again");
 }
 
 void HostRendezvous::Remember(const MeetingKey& key, const Status& status) {

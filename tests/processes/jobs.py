@@ -32,7 +32,7 @@ class Job:
         devices: int,
         script: str,
         arguments: Sequence[str] = (),
-        environment: Callable[[int], Mapping[str, str]] = lambda process: {},
+        environment: Callable[[int], Mapping[str, str | None]] = lambda process: {},
     ):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -51,12 +51,12 @@ class Job:
                 "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
                 "PYTHONUNBUFFERED": "1",
             }
-            inherited = {name: value for name, value in os.environ.items() if name != "NPROC"}
+            wanted = {**os.environ, "NPROC": None, **job, **environment(process)}
             with open(log, "wb") as file:
                 self.processes.append(
                     subprocess.Popen(
                         [sys.executable, str(HERE / script), *arguments],
-                        env={**inherited, **job, **environment(process)},
+                        env={name: value for name, value in wanted.items() if value is not None},
                         stdout=file,
                         stderr=subprocess.STDOUT,
                     )

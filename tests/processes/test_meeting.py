@@ -1,0 +1,121 @@
+"""How the processes of a group find each other, and what keeps them from exchanging tokens."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import jobs
+import pytest
+import two_hosts
+
+from jax_wideep import _bootstrap
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ("hidden=128", "hidden: process 0 has 256, process 1 has 128"),
+        ("backend=xla", "backend: process 0 has 'auto', process 1 has 'xla'"),
+        ("versions", "jax: process 0 has "),
+    ],
+)
+def test_settings_that_differ_are_an_error_in_every_process(tmp_path, change, difference):
+    for output in jobs.run(tmp_path, 2, 1, "meeting.py", change, timeout_s=60):
+        assert "refused: ExpertGroup: expected the same settings" in output
+        assert difference in output
+        if change == "versions":
+            assert "process 1 has '0.0.1'" in output
+
+
+def test_found_by_slurm(tmp_path):
+    """JAX's own detection: what `srun` sets in the environment is all that the processes know."""
+    with socket.socket() as probe:  # JAX takes port 61440 + job % 4096 upwards
+        probe.bind(("127.0.0.1", 0))
+        job = probe.getsockname()[1] % (2**12)
+
+    def environment(process):
+        return {
+            "SLURM_JOB_ID": str(job),
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(process),
+            "SLURM_LOCALID": str(process),
+            "JAX_COORDINATOR_ADDRESS": None,
+            "JAX_NUM_PROCESSES": None,
+            "JAX_PROCESS_ID": None,
+        }
+
+    with jobs.Job(tmp_path, 2, 1, "meeting.py", ["exchange"], environment) as running:
+        outcomes = running.wait(90)
+    for outcome in outcomes.values():
+        assert "backend cpu; warned: []" in outcome.output, outcome.output[-3000:]
+        assert "exchanged" in outcome.output and outcome.status == 0
+
+
+def test_two_hosts_exchange_by_collectives():
+    """Two network namespaces: the same machine, but no socket reaches the other one."""
+    reason = two_hosts.unavailable()
+    if reason:
+        pytest.skip(reason)
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(jobs.HERE)}
+    command = [sys.executable, str(jobs.HERE / "meeting.py"), "exchange"]
+    for status, output in two_hosts.run(command, timeout_s=150, env=environment):
+        assert status == 0, output[-3000:]
+        assert "backend xla" in output and "exchanged" in output
+        assert "(backend='xla'), since the mesh spans several hosts" in output
+
+
+# ---- strangers: another user of this host ----
+
+NOBODY = 65534
+
+
+# Imports come first: nobody may not see where Python is installed.
+BECOME_NOBODY = f"import os, socket, sys; os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
+
+
+def as_nobody(code, *arguments):
+    """Starts Python code as another user."""
+    command = [sys.executable, "-I", "-c", BECOME_NOBODY + textwrap.dedent(code), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+
+
+@needs_root
+def test_stranger_cannot_open_shared_memory():
+    """It has no name; and what /proc shows of it is closed to others."""
+    from jax_wideep import _ffi
+
+    arena = _ffi.cpu_module().make_arena()
+    path = f"/proc/{os.getpid()}/fd/{arena.descriptor}"
+    with open(path, "rb"):
+        pass  # its owner may
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    output, _ = as_nobody("open(sys.argv[1], 'rb')", path).communicate(timeout=30)
+    assert "PermissionError" in output, output
+
+
+@needs_root
+def test_stranger_cannot_join_the_rendezvous():
+    """Whoever finds the socket is asked who they are, before anything is said."""
+    address = f"wideep-test-{os.getpid()}"
+    with _bootstrap._new_socket(20) as listener:
+        listener.bind("\0" + address)
+        listener.listen()
+        child = as_nobody(
+            """
+            peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            peer.connect("\\0" + sys.argv[1])
+            print(peer.recv(100))
+            """,
+            address,
+        )
+        peer, _ = listener.accept()
+        with peer, pytest.raises(_bootstrap._StrangerError, match=f"user {NOBODY} is at the other end"):
+            peer.settimeout(20)
+            _bootstrap._receive(peer, b"0" * 32)
+        assert child.communicate(timeout=30)[0] == "b''\n"  # closed, without a word
