@@ -156,7 +156,7 @@ class _Wanted:
     ):
         self.name, self.logical = name, logical
         self.shape = (len(logical), *shape[1:]) if name in mapping.OF_EXPERTS else shape
-        self.sharding = _sharding(group, name)
+        self.sharding = _sharding(group, name, len(shape))
         self.ranges = {
             self._range(index) for index in self.sharding.addressable_devices_indices_map(self.shape).values()
         }
@@ -251,16 +251,23 @@ def assign(layer: Any, params: Mapping[str, Any]) -> None:
             )
     for name, value in params.items():
         dtype = jnp.float32 if name in mapping.FLOAT32 else layer.config.param_dtype
-        sharding = _sharding(layer.config.group, name)
-        if not (isinstance(value, jax.Array) and value.dtype == dtype and value.sharding == sharding):
-            value = jax.device_put(jnp.asarray(value, dtype), sharding)
-        layer.parameter(name).set_value(value)
+        layer.parameter(name).set_value(
+            _place(value, dtype, _sharding(layer.config.group, name, np.ndim(value)))
+        )
 
 
-def _sharding(group: ExpertGroup, name: str) -> NamedSharding:
-    return NamedSharding(
-        group.mesh, PartitionSpec(group.axis) if name in mapping.OF_EXPERTS else PartitionSpec()
-    )
+def _place(value: Any, dtype: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(value, jax.Array) and (value.sharding == sharding or not value.is_fully_addressable):
+        return jax.device_put(value.astype(dtype), sharding)
+    host = np.asarray(value).astype(dtype)  # the same in every process
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _sharding(group: ExpertGroup, name: str, ndim: int) -> NamedSharding:
+    """Written as the layers write it, so that a step compiled before need not be compiled again."""
+    axis = group.axis[0] if len(group.axis) == 1 else group.axis
+    first = axis if name in mapping.OF_EXPERTS else None
+    return NamedSharding(group.mesh, PartitionSpec(first, *[None] * (ndim - 1)))
 
 
 def _find_prefix(checkpoint: Checkpoint, preset: Preset, number: int) -> str:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import transformers
 
+torch.set_num_threads(1)  # tests run side by side
+
 HIDDEN, FFN = 64, 24
 COMMON = {
     "hidden_size": HIDDEN,
