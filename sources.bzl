@@ -68,6 +68,7 @@ CPU_FFI_HEADERS = [
 CPP_TESTS = [
     "tests/cpp/elastic_threads_test.cc",
     "tests/cpp/exchange_test.cc",
+    "tests/cpp/host_peers_test.cc",
     "tests/cpp/low_latency_test.cc",
     "tests/cpp/masked_test.cc",
     "tests/cpp/plan_test.cc",
@@ -136,6 +137,8 @@ EXCHANGE_CUDA_HEADERS = [
     "csrc/ep/combine.cuh",
     "csrc/ep/combine.h",
     "csrc/ep/combine_order.cuh",
+    "csrc/ep/combine_pull.cuh",
+    "csrc/ep/combine_reduce.cuh",
     "csrc/ep/dispatch.cuh",
     "csrc/ep/dispatch.h",
     "csrc/ep/exchange_protocol.cuh",
