@@ -209,9 +209,9 @@ class Exchange {
   /// Places and sizes are those of the one-process plan, where all ranks have as many tokens.
   void CheckPlan() {
     if (!c_.tokens.empty()) return;
-    const PlanShape shape{
-        nodes_.num_ranks,           13, c_.top_k, num_experts(), ranks_[0].input.capacity,
-        /*overflow_is_error=*/false};
+    const PlanShape shape{nodes_.num_ranks,           13, c_.top_k, num_experts(),
+                          ranks_[0].input.capacity,
+                          /*overflow_is_error=*/false};
     struct Out {
       std::vector<int32_t> group_sizes, tokens_per_expert, dest_rank, dest_row, row_source,
           arrival_rows, rows_per_source;
@@ -526,6 +526,19 @@ TEST(RegionsAreDisjoint) {
       }
     }
   }
+}
+
+/// The same number stands in tests/test_scaling.py, for the model's arithmetic.
+TEST(BytesOfAnArena) {
+  Config config;
+  CHECK(MakeNodes({3, 3}, config.nodes).ok());
+  config.num_experts = 12;
+  config.num_channels = 2;
+  config.across_slots = 5;
+  config.across_batch = 2;
+  config.node_slots = 3;
+  config.slot_bytes = SlotHeaderBytes(4) + 128;
+  CHECK_EQ(Layout(config).num_bytes(), 42496);
 }
 
 TEST(WhatIsRefused) {
