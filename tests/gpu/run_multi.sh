@@ -1,7 +1,7 @@
 #!/bin/bash
 # Checks and measures the library on N GPUs of this host, which reach each other's memory. Builds first, unless
 # $BUILD_DIR has the programs and the module _wideep_cuda for this python3. Logs and records go to $OUT, or to
-# $BUILD_DIR/logs: multi.log, the records (*.jsonl) and the plot.
+# $BUILD_DIR/logs: multi.log, the records (*.jsonl) and the plot, multi.png; the tables are the end of the output.
 #
 #   tests/gpu/run_multi.sh N [step ..]
 #
@@ -67,7 +67,7 @@ run() {
     baselines)
       for flag in true false; do
         one_process "baselines" --xla-flag=$one_shot=$flag 1 jax_wideep.bench exchange --json \
-          "$LOGS/baselines_one_shot_$flag.jsonl" --plot "$LOGS/baselines.png" ${BASELINES:-$sizes --experts 256 --routing uniform --repeats 10}
+          "$LOGS/baselines_one_shot_$flag.jsonl" ${BASELINES:-$sizes --experts 256 --routing uniform --repeats 10}
       done ;;
     layer)
       one_process layer 1 jax_wideep.bench layer --json "$LOGS/layer.jsonl" \
@@ -82,6 +82,7 @@ run() {
 }
 
 for name in ${@:-suite killed link exchange latency baselines layer train decode overlap}; do run "$name"; done
+step 60 tables python3 benchmarks/plot_multi.py "$LOGS" --out "$LOGS/multi.png"
 # Few files: all logs in one.
 (cd "$LOGS" && for log in *.log; do [ "$log" = multi.log ] || { echo "==== $log"; cat "$log"; rm "$log"; }; done >>multi.log)
 exit $failed
