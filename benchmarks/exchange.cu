@@ -269,6 +269,7 @@ class Bench {
     g.row_weights = d.row_weights;
     g.dy = TakeRandom<char>(rank, capacity_ * row_bytes);
     g.drow_weights = Take<float>(rank, capacity_);
+    ops.combine.sums = g.dy;
     // FP8 rows arrive where dy goes.
     const int64_t wire_bytes = WireRowBytes(o_.hidden);
     char* const wire = Take<char>(rank, o_.tokens * wire_bytes);
@@ -306,10 +307,11 @@ LaunchOp Dispatch(DispatchForm form, bool zero_copy = true, bool fp8 = false, in
   };
 }
 
-LaunchOp Combine(CombineForm form, bool gradient) {
+LaunchOp Combine(CombineForm form, bool gradient, int num_chunks = 0) {
   return [=](RankOps& ops, cudaStream_t stream) {
     CombineParams p = ops.combine;
     p.form = form;
+    p.num_chunks = num_chunks;
     if (gradient) p.dweights = const_cast<float*>(ops.dispatch.weights);
     return LaunchCombine(p, stream);
   };
@@ -366,14 +368,22 @@ std::vector<Op> Ops(const Options& o, const Traffic& t) {
       {"dispatch rings", here, floor, rows * row, once, Dispatch(push, /*zero_copy=*/false)},
       {"combine pull", everywhere, floor, rows * row, each, Combine(CombineForm::kPull, false)},
       {"combine push", here, floor, rows * row, once, Combine(CombineForm::kPush, false)},
+      {"combine reduce", here, floor, rows * row, once, Combine(CombineForm::kReduce, false)},
       {"dispatch grad pull", here, floor, rows * row, each, Combine(CombineForm::kPull, true)},
       {"dispatch grad push", here, floor, rows * row, once, Combine(CombineForm::kPush, true)},
+      {"dispatch grad reduce", here, floor, rows * row, once, Combine(CombineForm::kReduce, true)},
       {"combine grad", everywhere, grad_floor, rows * row, once, CombineGrad(true)},
       {"combine grad rings", here, grad_floor, rows * row, once, CombineGrad(false)},
       {"dispatch push, 1 stage", variant, floor, rows * row, each, Dispatch(push, true, false, 1)},
       {"dispatch push, 4 stages", variant, floor, rows * row, each, Dispatch(push, true, false, 4)},
       {"dispatch pull, 1 stage", variant, floor, rows * row, once, Dispatch(pull, true, false, 1)},
       {"dispatch pull, 4 stages", variant, floor, rows * row, once, Dispatch(pull, true, false, 4)},
+      {"combine reduce, 1 chunk", variant, floor, rows * row, once,
+       Combine(CombineForm::kReduce, false, 1)},
+      {"combine reduce, 4 chunks", variant, floor, rows * row, once,
+       Combine(CombineForm::kReduce, false, 4)},
+      {"combine reduce, 16 chunks", variant, floor, rows * row, once,
+       Combine(CombineForm::kReduce, false, 16)},
   };
   if (o.hidden % kQuantBlock == 0) {
     const double fp8_floor = (tokens + rows) * fp8;

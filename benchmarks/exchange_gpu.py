@@ -99,6 +99,7 @@ def combine_grad(group, capacity, plan, a):
 
 PUSH, PULL = {"dispatch_form": "push"}, {"dispatch_form": "pull"}
 HOME_PULL, HOME_PUSH = {"combine_form": "pull"}, {"combine_form": "push"}
+REDUCE = {"combine_form": "reduce"}
 RINGS = {"zero_copy": "off"}
 ONE_WAY = rows_and_tokens(1, 1)
 
@@ -115,9 +116,11 @@ OPS = [
     Op("dispatch pull", PULL, dispatch_only, ONE_WAY),
     Op("combine pull", HOME_PULL, combine_only, ONE_WAY),
     Op("combine push", HOME_PUSH, combine_only, ONE_WAY),
+    Op("combine reduce", REDUCE, combine_only, ONE_WAY),
     Op("combine rings", RINGS | HOME_PUSH, combine_only, ONE_WAY),
     Op("dispatch grad pull", HOME_PULL, dispatch_grad, ONE_WAY),
     Op("dispatch grad push", HOME_PUSH, dispatch_grad, ONE_WAY),
+    Op("dispatch grad reduce", REDUCE, dispatch_grad, ONE_WAY),
     Op("combine grad", {}, combine_grad, rows_and_tokens(2, 1)),
 ]  # fmt: skip
 

@@ -308,13 +308,21 @@ def _dispatch_outputs(x: Any, weights: Any, *_: Any, capacity: int, **__: Any) -
     return [((capacity, x.shape[1]), x.dtype), ((capacity,), jnp.float32)]
 
 
-def _dispatch_grad_outputs(drows: Any, drow_weights: Any, dest_rank: Any, *_: Any, **__: Any) -> list[Spec]:
+def _dispatch_grad_outputs(
+    drows: Any, drow_weights: Any, dest_rank: Any, *_: Any, form: str, **__: Any
+) -> list[Spec]:
     num_tokens, top_k = dest_rank.shape
-    return [((num_tokens, drows.shape[1]), drows.dtype), ((num_tokens, top_k), jnp.float32)]
+    dx = ((num_tokens, drows.shape[1]), drows.dtype)
+    return [dx, ((num_tokens, top_k), jnp.float32), *_combine_scratch(drows, form)]
 
 
-def _combine_outputs(y: Any, row_weights: Any, dest_rank: Any, *_: Any, **__: Any) -> list[Spec]:
-    return [((dest_rank.shape[0], y.shape[1]), y.dtype)]
+def _combine_outputs(y: Any, row_weights: Any, dest_rank: Any, *_: Any, form: str, **__: Any) -> list[Spec]:
+    return [((dest_rank.shape[0], y.shape[1]), y.dtype), *_combine_scratch(y, form)]
+
+
+def _combine_scratch(rows: Any, form: str) -> list[Spec]:
+    """The sums of one form; XLA keeps them in memory that peers can read."""
+    return [(rows.shape, rows.dtype)] if form == "reduce" else []
 
 
 def _combine_grad_outputs(dout: Any, y: Any, row_weights: Any, *_: Any, **__: Any) -> list[Spec]:
@@ -367,7 +375,7 @@ _LL: Attrs = {"num_experts": np.int64, "chunk": np.int64}
 
 # C++'s DispatchForm and CombineForm.
 _DISPATCH_FORMS = ("push", "pull")
-_COMBINE_FORMS = ("pull", "push")
+_COMBINE_FORMS = ("pull", "push", "reduce")
 _DISPATCH_FORM: Attrs = {"form": lambda form: np.int32(_DISPATCH_FORMS.index(form))}
 _COMBINE_FORM: Attrs = {"form": lambda form: np.int32(_COMBINE_FORMS.index(form))}
 
@@ -529,12 +537,18 @@ def dispatch(x, weights, plan, zero_tail):
 
 def dispatch_grad(drows, drow_weights, plan):
     operands = vary([drows, drow_weights, *_plan_operands(plan)])
-    return _dispatch_grad_p.bind(*operands, group=plan.group.handle, form=plan.group.combine_form)
+    form = _combine_form(plan.group)
+    return _dispatch_grad_p.bind(*operands, group=plan.group.handle, form=form)[:2]
 
 
 def combine(y, row_weights, plan):
     operands = vary([y, row_weights, *_plan_operands(plan)])
-    return _combine_p.bind(*operands, group=plan.group.handle, form=plan.group.combine_form)[0]
+    return _combine_p.bind(*operands, group=plan.group.handle, form=_combine_form(plan.group))[0]
+
+
+def _combine_form(group):
+    """Only CUDA's handlers have forms."""
+    return group.combine_form if group.backend == "cuda" else "auto"
 
 
 def combine_grad(dout, y, row_weights, plan, zero_tail):

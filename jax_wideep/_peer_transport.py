@@ -18,7 +18,7 @@ import numpy as np
 from jax_wideep import _bootstrap, _ffi
 
 DispatchForm = Literal["auto", "push", "pull"]
-CombineForm = Literal["auto", "pull", "push"]
+CombineForm = Literal["auto", "pull", "push", "reduce"]
 
 _DEFAULT_NUM_SMS = 32
 _MIN_COMPUTE_CAPABILITY = 90
@@ -173,11 +173,10 @@ def choose_forms(settings: PeerSettings, shares_memory: bool) -> tuple[str, str]
     A token with k experts has rows at d = R * (1 - (1 - 1/R) ** k) ranks in the mean. Where k / d is small, or where
     all ranks' memory is the same memory, dispatch writes every row (push); otherwise each token crosses once per rank
     (pull): 581 against 839 us on two H100s over NVLink (docs/performance_exchange.md). Combine always reads every row
-    (pull): its other form goes through rings, which cost more than the bytes they save.
+    (pull). Push goes through rings, which cost more than the bytes they save; reduce would be the counterpart of
+    dispatch's pull, by the same rule.
     """
-    num_ranks, top_k = settings.num_ranks, settings.top_k
-    ranks_of_token = num_ranks * (1 - (1 - 1 / num_ranks) ** top_k)
-    every_row = shares_memory or num_ranks == 1 or top_k / ranks_of_token < _ROWS_PER_RANK_FOR_ONCE
+    every_row = shares_memory or not _once_per_rank_pays(settings.num_ranks, settings.top_k)
     dispatch_form: str = settings.dispatch_form
     combine_form: str = settings.combine_form
     if dispatch_form == "auto":
@@ -185,6 +184,12 @@ def choose_forms(settings: PeerSettings, shares_memory: bool) -> tuple[str, str]
     if combine_form == "auto":
         combine_form = "pull"
     return dispatch_form, combine_form
+
+
+def _once_per_rank_pays(num_ranks: int, top_k: int) -> bool:
+    """Whether one row for each rank that a token reaches is so much less than `top_k` rows that it is worth a pass."""
+    ranks_of_token = num_ranks * (1 - (1 - 1 / num_ranks) ** top_k)
+    return num_ranks > 1 and top_k / ranks_of_token >= _ROWS_PER_RANK_FOR_ONCE
 
 
 def _introduce(module: ModuleType | None, settings: PeerSettings, places: Sequence[_Place]) -> dict[str, Any]:

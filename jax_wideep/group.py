@@ -56,8 +56,10 @@ class ExpertGroup:
         ranks share a GPU, or where a token's experts are mostly on different ranks (top_k at most 1.25 times the
         ranks that a token reaches in the mean, R * (1 - (1 - 1/R) ** top_k)); otherwise pull, which sends least.
       combine_form: likewise: "pull" has home ranks read and sum every row; "push" has the experts' ranks sum first
-        and send one row per token and rank through the rings, which rounds those partial sums to the rows' dtype.
-        "auto" is pull: it was faster wherever measured.
+        and send one row per token and rank through the rings, which rounds those partial sums to the rows' dtype;
+        "reduce" has them sum first into scratch memory, as large as `y`, from which the home ranks read: the same
+        bytes between ranks without the rings, for GPUs of their own. Its rounding is push's; a row that is alone at
+        its rank, or at home, is not rounded. "auto" is pull.
 
     The backend "cuda" needs GPUs of compute capability 9.0 on one host, at most 16 ranks, and peers that reach
     each other's memory. It maps the allocation that JAX's buffers come from, so leave JAX's memory preallocated
@@ -395,7 +397,7 @@ def _check_settings(group: ExpertGroup, mesh: jax.sharding.Mesh, axis: tuple[str
     for name, known in (
         ("zero_copy", ("auto", "off")),
         ("dispatch_form", ("auto", "push", "pull")),
-        ("combine_form", ("auto", "pull", "push")),
+        ("combine_form", ("auto", "pull", "push", "reduce")),
     ):
         if getattr(group, name) not in known:
             raise ValueError(f"ExpertGroup: {name}: expected one of {known}, got {getattr(group, name)!r}")

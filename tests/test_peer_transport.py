@@ -229,11 +229,13 @@ def test_rule_of_forms():
     assert forms(16, 4) == ("push", "pull")
     assert forms(1, 8) == ("push", "pull")
     assert forms(8, 8, dispatch_form="push", combine_form="push") == ("push", "push")
+    assert forms(8, 8, combine_form="reduce") == ("pull", "reduce")
 
 
-def test_ops_are_lowered_to_the_handlers_of_cuda(make_group):
+@pytest.mark.parametrize(("combine_form", "form", "num_results"), [("push", 1, 1), ("reduce", 2, 2)])
+def test_ops_are_lowered_to_the_handlers_of_cuda(make_group, combine_form, form, num_results):
     group = make_group(4, num_experts=8, top_k=2, hidden=256, backend="cpu")
-    for name, value in {"backend": "cuda", "dispatch_form": "pull", "combine_form": "push"}.items():
+    for name, value in {"backend": "cuda", "dispatch_form": "pull", "combine_form": combine_form}.items():
         object.__setattr__(group, name, value)
 
     def body(x, weights, topk_idx):
@@ -265,7 +267,12 @@ def test_ops_are_lowered_to_the_handlers_of_cuda(make_group):
         "wideep_combine_grad": {9},
         "wideep_quantize_rows": {1},
     }
-    assert all("form = 1 : i32" in line for _, line in calls["wideep_dispatch"] + calls["wideep_combine"])
+    assert all("form = 1 : i32" in line for _, line in calls["wideep_dispatch"])
+    # The sums of "reduce" are one more result.
+    for target, results in (("wideep_combine", num_results), ("wideep_dispatch_grad", num_results + 1)):
+        for _, line in calls[target]:
+            assert f"form = {form} : i32" in line
+            assert line.split("->")[-1].count("tensor<") == results
     assert any(
         "tensor<24x272xui8>" in line or "tensor<6x272xui8>" in line for _, line in calls["wideep_dispatch"]
     )

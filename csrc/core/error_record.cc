@@ -49,6 +49,8 @@ const char* NameOf(Phase phase) {
       return "to send its rows";
     case Phase::kSlots:
       return "to send its expert outputs";
+    case Phase::kSums:
+      return "to sum its rows";
     case Phase::kNone:
       break;
   }

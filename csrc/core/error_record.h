@@ -36,6 +36,7 @@ enum class Phase : uint32_t {
   kDone,       // a peer to be done with this rank's buffers
   kRegion,     // a peer's low-latency region
   kSlots,      // a peer's low-latency combine slots
+  kSums,       // a peer's sums of its rows
 };
 
 enum class Failure : uint32_t {

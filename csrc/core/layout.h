@@ -11,6 +11,8 @@
 //   counts         [src] by rank src: selections per expert; each word carries its epoch
 //   accepted       the same after capacity, only when some rank's capacity is short
 //   block_counts   [round][block] its own rank's blocks: scratch of the plan
+//   sum_warps      [chunk] its own rank's warps: those that have done their sums of the chunk
+//   sums_ready     [src][chunk] by rank src: the epoch in which its sums of the chunk are there
 //   ring_tail      [src][channel] by rank src: tokens put into the ring
 //   ring_head      [dst][channel] by rank dst: tokens taken out of this rank's ring at dst
 //   ring_taken     [src][channel] its own rank: tokens it took out so far
@@ -37,7 +39,9 @@ constexpr int kMaxRanks = 16;
 /// Regions of a rank's memory that its peers can map.
 constexpr int kMaxRegions = 8;
 /// Buffers that an op publishes to its peers.
-constexpr int kMaxPublished = 2;
+constexpr int kMaxPublished = 3;
+/// Parts of a rank's tokens whose sums are made and fetched apart (combine_reduce.cuh).
+constexpr int kMaxSumChunks = 16;
 /// Shared memory that a block may use: 227 KB on compute capability 9.0.
 constexpr int64_t kMaxSharedBytes = 227 * 1024;
 /// Tokens that a ring holds: how far a sender may run ahead.
@@ -253,6 +257,8 @@ struct ArenaLayout {
   int64_t counts;
   int64_t accepted;
   int64_t block_counts;
+  int64_t sum_warps;
+  int64_t sums_ready;
   int64_t ring_tail;
   int64_t ring_head;
   int64_t ring_taken;
@@ -274,6 +280,8 @@ struct ArenaLayout {
         counts(0),
         accepted(0),
         block_counts(0),
+        sum_warps(0),
+        sums_ready(0),
         ring_tail(0),
         ring_head(0),
         ring_taken(0),
@@ -298,6 +306,8 @@ struct ArenaLayout {
     counts = take(ranks * num_experts * 8);
     accepted = take(ranks * num_experts * 8);
     block_counts = take(2 * int64_t{config.num_sms} * (num_experts + ranks) * 4);
+    sum_warps = take(kMaxSumChunks * 4);
+    sums_ready = take(ranks * kMaxSumChunks * 4);
     ring_tail = take(rings * 4);
     ring_head = take(rings * 4);
     ring_taken = take(rings * 4);

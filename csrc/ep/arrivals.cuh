@@ -16,7 +16,7 @@ struct Arrivals {
   int32_t token;   // source / top_k; -1 past the end
 };
 
-/// The arrivals from one source rank.
+/// The arrivals from one source rank, or a part of them that does not cut a token.
 class SourceArrivals {
  public:
   __device__ SourceArrivals(const PlanArrays& plan, int src, int top_k)
@@ -26,6 +26,8 @@ class SourceArrivals {
     begin_ = begin;
     end_ = begin + plan.rows_per_source[src];
   }
+  __device__ SourceArrivals(const PlanArrays& plan, int32_t begin, int32_t end, int top_k)
+      : plan_(plan), begin_(begin), end_(end), top_k_(top_k) {}
   __device__ int32_t begin() const { return begin_; }
   __device__ int32_t end() const { return end_; }
 
@@ -71,6 +73,11 @@ class SourceArrivals {
 /// (docs/performance_exchange.md).
 constexpr int kArrivalWindow = 8;
 static_assert(kArrivalWindow + kMaxKernelTopK <= 32, "a window and the rest of its last token");
+
+/// Windows that ForEachToken cuts `arrivals` into.
+__device__ __forceinline__ int32_t NumWindows(const SourceArrivals& arrivals) {
+  return (arrivals.end() - arrivals.begin() + kArrivalWindow - 1) / kArrivalWindow;
+}
 
 /// Visits this warp's tokens of one source rank: visit(arrivals of the lanes, lanes that hold rows
 /// of the token, the first of them). Tokens belong to the window in which their first row lies;

@@ -22,9 +22,20 @@ int NumBlocks(int64_t num_tokens, const PeerContext& peers) {
   return static_cast<int>(std::clamp<int64_t>(num_tokens / kWarpsPerBlock + 1, 2, peers.num_sms));
 }
 
+/// Enough that sums and their way over the link overlap, and not so many that small calls wait for
+/// flags.
+int NumSumChunks(const CombineParams& p) {
+  constexpr int kChunks = 8;
+  constexpr int kTokensPerChunk = 128;
+  static_assert(kChunks <= kMaxSumChunks);
+  if (p.num_chunks > 0) return std::min(p.num_chunks, kMaxSumChunks);
+  return static_cast<int>(std::clamp<int64_t>(p.num_tokens / kTokensPerChunk, 1, kChunks));
+}
+
 template <bool kWeighted>
-Status LaunchSum(const CombineParams& p, const char* op, cudaStream_t stream) {
+Status LaunchSum(CombineParams p, const char* op, cudaStream_t stream) {
   if (Status status = CheckShape(op, p.dtype, p.hidden, p.top_k); !status.ok()) return status;
+  p.num_chunks = NumSumChunks(p);
   const auto kernel = p.dtype == DType::kBF16  ? CombineKernel<DType::kBF16, kWeighted>
                       : p.dtype == DType::kF16 ? CombineKernel<DType::kF16, kWeighted>
                                                : CombineKernel<DType::kF32, kWeighted>;

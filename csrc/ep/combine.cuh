@@ -2,6 +2,8 @@
 //
 //   combine, pull   the home rank's warps read a token's rows wherever they lie and sum them.
 //                   published: y, row_scalars.
+//   combine, reduce the expert rank's warps sum a token's rows that lie there, and the home rank's
+//                   read and add those sums: combine_reduce.cuh.
 //   combine, push   the expert rank's warps sum a token's rows that lie there and send one row
 //                   through the ring to the token's home; a group of warps there adds what comes
 //                   from each rank, in order of rank. Also the way for buffers that are not mapped.
@@ -12,72 +14,13 @@
 // dropped, and the gradients of rows whose home is masked are zero.
 #pragma once
 
-#include "csrc/core/launch.cuh"
 #include "csrc/ep/arrivals.cuh"
-#include "csrc/ep/combine.h"
-#include "csrc/ep/combine_order.cuh"
+#include "csrc/ep/combine_pull.cuh"
+#include "csrc/ep/combine_reduce.cuh"
 #include "csrc/ep/ring.cuh"
-#include "csrc/ep/row_sum.cuh"
 #include "csrc/ep/zero_tail.cuh"
 
 namespace wideep {
-
-constexpr int kCombineThreads = 32 * kWarpsPerBlock;
-constexpr int kWarpsPerGroup = kWarpsPerBlock / kCombineGroupsPerBlock;
-
-struct CombineShared {
-  char* here[kMaxPublished * kMaxRanks];
-  uint32_t flags[kProtocolFlags];
-  static constexpr int kBarriersPerWarp = 5;
-  uint64_t barriers[kWarpsPerBlock * kBarriersPerWarp];
-  // Followed, from kBuffers on, by kBytesPerWarp for each warp: rows or sums on their way through
-  // rings, or else a SumList.
-
-  static constexpr int64_t kBuffers = 1024;
-  static constexpr int64_t kBytesPerWarp =
-      (kMaxSharedBytes - kBuffers) / kWarpsPerBlock / 512 * 512;
-  static constexpr int64_t kNumBytes = kBuffers + kWarpsPerBlock * kBytesPerWarp;
-  __device__ char* buffer(int warp) {
-    return reinterpret_cast<char*>(this) + kBuffers + warp * kBytesPerWarp;
-  }
-  __device__ SumList& list(int warp) { return *reinterpret_cast<SumList*>(buffer(warp)); }
-};
-static_assert(sizeof(CombineShared) <= CombineShared::kBuffers);
-
-/// Where a selection's row lies, -1 if it has none or its rank is masked.
-__device__ __forceinline__ int32_t HostOf(const PlanArrays& plan, int64_t selection,
-                                          const Exchange& exchange) {
-  const int32_t dst = plan.dest_rank[selection];
-  return dst >= 0 && !exchange.IsMasked(dst) ? dst : -1;
-}
-
-// ---- pull ----
-
-template <DType kDType, bool kWeighted>
-__device__ void PullSums(const CombineParams& p, const Exchange& exchange, char* const* y,
-                         float* const* row_scalars, SumList& list) {
-  const int lane = threadIdx.x % 32;
-  const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
-  const int64_t num_warps = int64_t{gridDim.x} * kWarpsPerBlock;
-  for (int64_t token = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / 32;
-       token < p.num_tokens; token += num_warps) {
-    const int64_t s = token * p.top_k + lane;
-    const int32_t dst = lane < p.top_k ? HostOf(p.plan, s, exchange) : -1;
-    const SumOrder order = OrderByRank(dst, p.top_k);
-    float scalar = 0;
-    if (dst >= 0) {
-      const int64_t row = p.plan.dest_row[s];
-      scalar = row_scalars[dst][row];
-      list.rows[order.place] = y[dst] + row * row_bytes;
-      list.weights[order.place] = scalar;
-    }
-    if (!kWeighted && lane < p.top_k) p.dweights[s] = scalar;
-    __syncwarp();
-    SumRows<kDType, kWeighted>(p.out + token * row_bytes, list, order.count, 0,
-                               static_cast<int>(row_bytes), lane, 32);
-    __syncwarp();  // the list is read
-  }
-}
 
 // ---- push ----
 
@@ -294,12 +237,15 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   if (!exchange.takes_part()) {
     return ZeroOutputs<kWeighted>(p, p.hidden * static_cast<int64_t>(SizeOf(kDType)));
   }
-  const void* mine[2] = {p.y, p.row_scalars};
+  const bool reduces = p.form == CombineForm::kReduce;
+  if (reduces) FindChunks(p, exchange, shared);
+  const void* mine[3] = {p.y, p.row_scalars, reduces ? p.sums : p.y};
   bool all_mapped;
   if (!exchange.Begin(mine, shared.here, shared.flags, all_mapped)) return;
-  if (all_mapped && p.form == CombineForm::kPull) {
-    PullSums<kDType, kWeighted>(p, exchange, shared.here,
-                                reinterpret_cast<float* const*>(shared.here + kMaxRanks), list);
+  if (all_mapped && reduces) {
+    if (!ReduceSums<kDType, kWeighted>(p, exchange, shared, list)) return;
+  } else if (all_mapped && p.form == CombineForm::kPull) {
+    PullSums<kDType, kWeighted>(p, exchange, shared.here, list);
   } else if (!PushSums<kDType, kWeighted>(p, exchange, shared, list)) {
     return;
   }

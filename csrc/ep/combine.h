@@ -21,6 +21,11 @@ enum class CombineForm : int32_t {
   /// The expert's rank sums the rows of a token that it holds, and sends one row through a ring:
   /// least bytes between ranks. Sums of a rank are rounded to the rows' type before they travel.
   kPush,
+  /// The expert's rank sums the rows of a token that it holds into `sums`, in its own memory, and
+  /// the home rank reads the sums: fewer bytes between ranks than with kPull, at full speed. Where
+  /// two or more rows of a token lie at another rank, their sum is rounded to the rows' type. Where
+  /// buffers are not mapped, the same as kPush.
+  kReduce,
 };
 
 /// out[token] = sum of row_weights * y over the token's rows, in float32, in order of (rank, k),
@@ -38,6 +43,9 @@ struct CombineParams {
   const float* row_scalars = nullptr;  // in  [capacity]: weights, or, for dispatch's backward pass,
                                        //     the cotangents of dispatch's row_weights
   char* out = nullptr;                 // out [num_tokens, hidden]
+  char* sums = nullptr;                // scratch [capacity, hidden] of kReduce
+  /// Parts that kReduce cuts the tokens into, at most kMaxSumChunks; 0: the launcher chooses.
+  int32_t num_chunks = 0;
   /// Dispatch's backward pass: rows are summed unweighted and each selection's scalar comes home.
   float* dweights = nullptr;  // out [num_tokens, top_k], or null for combine
 };

@@ -30,11 +30,10 @@ __device__ __forceinline__ void AddTerm(int4 bits, float weight,
 
 /// Bytes [begin, end) of a row: out[0..] = sum of weights[i] * rows[i] (or of rows[i]) for
 /// i < num_rows, in float32, rounded once. `thread` of `num_threads` threads take 16 bytes each.
-template <DType kDType, bool kWeighted>
+/// `kColumns` of them at a time, of `kRows` rows, are read before the first is used.
+template <DType kDType, bool kWeighted, int kColumns = 2, int kRows = 8>
 __device__ __forceinline__ void SumRows(char* out, const SumList& list, int num_rows, int begin,
                                         int end, int thread, int num_threads) {
-  constexpr int kColumns = 2;  // of 16 bytes, for each thread
-  constexpr int kRows = 8;     // read before the first is used
   const int step = num_threads * 16;
 #pragma unroll 1
   for (int at = begin + thread * 16; at < end; at += kColumns * step) {

@@ -33,6 +33,7 @@ DEADLINE_S = 1.0
 PATHS = {
     "push-pull": {"dispatch_form": "push", "combine_form": "pull"},
     "pull-push": {"dispatch_form": "pull", "combine_form": "push"},
+    "pull-reduce": {"dispatch_form": "pull", "combine_form": "reduce"},
     "rings": {"zero_copy": "off", "dispatch_form": "push", "combine_form": "push"},
 }
 
@@ -98,7 +99,7 @@ def check_step(world, got, x, weights, topk_idx, cotangent, capacity, dtype, mas
     products = wide_x * wide_cotangent
     exact = {"rows": rows, "row_weights": row_weights}
     eps = EPS[dtype]
-    # (expected, relative tolerance, absolute tolerance); push rounds each rank's sum too
+    # (expected, relative tolerance, absolute tolerance); push and reduce round each rank's sum too
     near = {
         "out": (oracle.combine(y, row_weights, plan), 2 * eps, 12 * eps),
         "dx": (SCALE * np.where(kept, weights, 0).sum(axis=2)[..., None] * wide_cotangent, 8 * eps, 16 * eps),
@@ -239,7 +240,7 @@ def check_masked(world):
 def check_repeats(world, repeats=200):
     """The same bits 200 times, whoever comes late."""
     rng = np.random.default_rng(100 + world.process)
-    for path in ("push-pull", "rings"):
+    for path in ("push-pull", "pull-reduce", "rings"):
         with world.group(**settings(world), **PATHS[path]) as group:
             capacity = world.num_ranks * TOKENS * TOP_K
             step = whole_step(world, group, capacity)

@@ -35,7 +35,7 @@ TEST(OneRank) {
 TEST(TwoRanksEveryForm) {
   for (const bool zero_copy : {true, false}) {
     for (const auto dispatch : {DispatchForm::kPush, DispatchForm::kPull}) {
-      for (const auto combine : {CombineForm::kPull, CombineForm::kPush}) {
+      for (const auto combine : kCombineForms) {
         GroupSettings group;
         group.num_ranks = 2;
         group.zero_copy = zero_copy;
@@ -45,6 +45,7 @@ TEST(TwoRanksEveryForm) {
         c.num_tokens = 40;
         c.dispatch_form = dispatch;
         c.combine_form = combine;
+        c.num_chunks = 3;
         if (!RunExchangeCase(ranks, c, random)) return;
       }
     }

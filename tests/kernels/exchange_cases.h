@@ -29,6 +29,7 @@ struct ExchangeCase {
   Routing routing = Routing::kUniform;
   DispatchForm dispatch_form = DispatchForm::kPush;
   CombineForm combine_form = CombineForm::kPull;
+  int num_chunks = 0;  // of CombineForm::kReduce
   bool zero_tail = true;
   int delay_us = 0;                // each rank is held up by as much at random before each op
   uint32_t masked = 0;             // bit r: rank r is masked
@@ -39,13 +40,20 @@ struct ExchangeCase {
   bool Runs(int rank) const { return masked_run || !IsMasked(rank); }
 };
 
+constexpr CombineForm kCombineForms[] = {CombineForm::kPull, CombineForm::kPush,
+                                         CombineForm::kReduce};
+inline const char* NameOf(CombineForm form) {
+  return form == CombineForm::kPull ? "pull" : form == CombineForm::kPush ? "push" : "reduce";
+}
+
 inline std::string Describe(const GroupSettings& group, const ExchangeCase& c) {
   return std::to_string(group.num_ranks) + " ranks, " + std::to_string(c.num_tokens) +
          " tokens, top " + std::to_string(group.top_k) + ", " + std::to_string(group.num_experts) +
          " experts, hidden " + std::to_string(c.hidden) + " " + NameOf(c.dtype) + ", capacity " +
          std::to_string(c.capacity) + ", " + NameOf(c.routing) +
          (c.dispatch_form == DispatchForm::kPush ? ", dispatch push" : ", dispatch pull") +
-         (c.combine_form == CombineForm::kPush ? ", combine push" : ", combine pull") +
+         ", combine " + NameOf(c.combine_form) +
+         (c.num_chunks == 0 ? "" : " in " + std::to_string(c.num_chunks)) +
          (group.zero_copy ? "" : ", rings") + (c.zero_tail ? "" : ", tail left") +
          (c.masked == 0 ? "" : ", masked " + std::to_string(c.masked)) +
          (c.masked_after_plan ? " after the plan" : "") + (c.masked_run ? "" : ", not running");
@@ -179,6 +187,48 @@ inline void CheckNearRows(const char* name, int rank, DType dtype, const std::ve
   }
 }
 
+/// The sums of CombineForm::kReduce, bit for bit: those of two or more rows at another rank are
+/// rounded on their way. `weights`: null for sums of the rows themselves.
+inline void CheckReducedRows(const char* name, int rank, const ExchangeCase& c, int top_k,
+                             const HostExchange& host, std::vector<float> HostRank::* weights,
+                             const std::vector<char>& got) {
+  const HostRank& home = host.ranks[rank];
+  // In double, of two float32, so that nothing is rounded but by the conversion to float.
+  const auto add = [](float sum, double term) { return static_cast<float>(sum + term); };
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < c.num_tokens * c.hidden; ++i) {
+    const int32_t* ranks = &home.dest_rank[i / c.hidden * top_k];
+    float sum = 0;
+    for (int dst = 0; dst < static_cast<int>(host.ranks.size()); ++dst) {
+      if (c.IsMasked(rank) || c.IsMasked(dst)) continue;
+      const HostRank& expert = host.ranks[dst];
+      const bool rounds = dst != rank && std::count(ranks, ranks + top_k, dst) > 1;
+      float partial = 0;
+      for (int k = 0; k < top_k; ++k) {
+        if (ranks[k] != dst) continue;
+        const int64_t row = home.dest_row[i / c.hidden * top_k + k];
+        const double value = ValueAt(c.dtype, expert.y.data(), row * c.hidden + i % c.hidden);
+        const float term =
+            static_cast<float>(weights == nullptr ? value : (expert.*weights)[row] * value);
+        (rounds ? partial : sum) = add(rounds ? partial : sum, term);
+      }
+      if (!rounds) continue;
+      char rounded[4];
+      SetValueAt(c.dtype, rounded, 0, partial);
+      sum = add(sum, ValueAt(c.dtype, rounded, 0));
+    }
+    char want[4];
+    SetValueAt(c.dtype, want, 0, sum);
+    const double wanted = ValueAt(c.dtype, want, 0);
+    const double value = ValueAt(c.dtype, got.data(), i);
+    if (value != wanted && !(std::isnan(value) && std::isnan(wanted))) ++wrong;
+  }
+  if (wrong == 0) return;
+  check::Fail(__FILE__, __LINE__,
+              std::string(name) + " of rank " + std::to_string(rank) + ": " +
+                  std::to_string(wrong) + " sums are wrong");
+}
+
 /// Runs all five ops on all ranks and compares. Returns false if an op gave up.
 template <typename Machine>
 bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random& random) {
@@ -242,6 +292,10 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
     m.y = ranks.TakeCopy(rank, h.y);
     m.row_scalars = ranks.TakeCopy(rank, h.row_weights);
     m.out = ranks.template Take<char>(rank, c.num_tokens * row_bytes);
+    m.num_chunks = c.num_chunks;
+    if (c.combine_form == CombineForm::kReduce) {
+      m.sums = ranks.template Take<char>(rank, capacity * row_bytes);
+    }
 
     CombineParams& g = device[rank].dispatch_grad;
     g = m;
@@ -264,10 +318,13 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
     b.dy = ranks.template Take<char>(rank, capacity * row_bytes);
     b.drow_weights = ranks.template Take<float>(rank, capacity);
   }
+  const bool poison = c.masked != 0 && !c.masked_run;
+  if (poison && !c.masked_after_plan) ranks.PoisonMaskedArenas();
   each_rank([&](int r) { return LaunchPlan(device[r].plan, ranks.stream(r)); });
   if (c.masked_after_plan) {
     if (!ranks.machine().Synchronize()) return false;
     ranks.Mask(c.masked);
+    if (poison) ranks.PoisonMaskedArenas();
   }
   each_rank([&](int r) { return LaunchDispatch(device[r].dispatch, ranks.stream(r)); });
   each_rank([&](int r) { return LaunchCombine(device[r].combine, ranks.stream(r)); });
@@ -284,12 +341,22 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
     return false;
   }
 
+  if (poison) {
+    CHECK(ranks.ArenasUntouched());
+    ranks.Mask(c.masked);  // clears them for whoever runs next
+  }
+
   const bool through_rings = !group.zero_copy && group.num_ranks > 1;
+  const bool reduces = c.combine_form == CombineForm::kReduce && !through_rings;
   const bool exact_sums = c.combine_form == CombineForm::kPull && !through_rings;
   for (int rank = 0; rank < group.num_ranks; ++rank) {
-    if (!c.Runs(rank)) continue;
     const HostRank& h = host.ranks[rank];
     const Device& d = device[rank];
+    if (!c.Runs(rank)) {
+      const std::vector<char> rows = ranks.Read(d.dispatch.rows, capacity * row_bytes);
+      CHECK(std::all_of(rows.begin(), rows.end(), [](char byte) { return byte == '\xa5'; }));
+      continue;
+    }
     const auto same_ints = [&](const char* name, const int32_t* got,
                                const std::vector<int32_t>& want) {
       CheckSame(name, rank, ranks.Read(got, static_cast<int64_t>(want.size())), want.data(),
@@ -332,6 +399,9 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
     if (exact_sums) {
       CheckSame("out", rank, out, h.out.data(), out_bytes);
       CheckSame("dx", rank, dx, h.dx.data(), out_bytes);
+    } else if (reduces) {
+      CheckReducedRows("out", rank, c, group.top_k, host, &HostRank::row_weights, out);
+      CheckReducedRows("dx", rank, c, group.top_k, host, nullptr, dx);
     } else {
       CheckNearRows("out", rank, c.dtype, out, h.out, group.top_k);
       CheckNearRows("dx", rank, c.dtype, dx, h.dx, group.top_k);

@@ -27,7 +27,8 @@ void RunRandomExchanges(int count, uint64_t seed, int64_t max_tokens, int64_t ma
     group.max_row_bytes = Bytes(DType::kF32, c.hidden);
     c.routing = kAllRoutings[Uniform(random, 0, 5)];
     c.dispatch_form = Uniform(random, 0, 1) ? DispatchForm::kPush : DispatchForm::kPull;
-    c.combine_form = Uniform(random, 0, 1) ? CombineForm::kPull : CombineForm::kPush;
+    c.combine_form = kCombineForms[Uniform(random, 0, 2)];
+    c.num_chunks = static_cast<int>(Uniform(random, 0, kMaxSumChunks));
     c.zero_tail = Uniform(random, 0, 3) != 0;
     c.delay_us = delay_us;
     VirtualRanks<Machine> ranks(group, seed + i);
@@ -72,7 +73,8 @@ void RunMaskedExchanges(int count, uint64_t seed, int64_t max_tokens, int64_t ma
       c.num_tokens = Uniform(random, 0, max_tokens);
       c.routing = kAllRoutings[Uniform(random, 0, 5)];
       c.dispatch_form = Uniform(random, 0, 1) ? DispatchForm::kPush : DispatchForm::kPull;
-      c.combine_form = Uniform(random, 0, 1) ? CombineForm::kPull : CombineForm::kPush;
+      c.combine_form = kCombineForms[Uniform(random, 0, 2)];
+      c.num_chunks = static_cast<int>(Uniform(random, 0, kMaxSumChunks));
       c.zero_tail = Uniform(random, 0, 3) != 0;
       c.delay_us = delay_us;
       const int64_t selections = group.num_ranks * c.num_tokens * group.top_k;

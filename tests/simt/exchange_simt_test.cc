@@ -33,7 +33,7 @@ TEST(EveryForm) {
   uint64_t seed = 0;
   for (const bool zero_copy : {true, false}) {
     for (const auto dispatch : {DispatchForm::kPush, DispatchForm::kPull}) {
-      for (const auto combine : {CombineForm::kPull, CombineForm::kPush}) {
+      for (const auto combine : kCombineForms) {
         GroupSettings group = Small(3);
         group.zero_copy = zero_copy;
         Random random(++seed);
@@ -42,6 +42,7 @@ TEST(EveryForm) {
         c.num_tokens = 11;
         c.dispatch_form = dispatch;
         c.combine_form = combine;
+        c.num_chunks = 3;
         RunExchangeCase(ranks, c, random);
       }
     }
@@ -51,6 +52,24 @@ TEST(EveryForm) {
 TEST(RandomShapes) { RunRandomExchanges<SimtMachine>(4, 100, 16, 128, 2, 0); }
 
 TEST(RandomShapesWithDelays) { RunRandomExchanges<SimtMachine>(2, 1000, 12, 80, 2, 50); }
+
+/// Sums of two and more rows at every rank, in as many chunks as there can be.
+TEST(ReduceInChunks) {
+  for (uint64_t seed = 1; seed <= 6; ++seed) {
+    GroupSettings group = Small(2);
+    group.num_sms = seed % 2 == 0 ? 2 : 4;
+    Random random(seed);
+    Ranks ranks(group, seed);
+    ExchangeCase c;
+    c.combine_form = CombineForm::kReduce;
+    c.delay_us = seed % 3 == 0 ? 50 : 0;
+    for (const int num_chunks : {kMaxSumChunks, 5}) {
+      c.num_tokens = 40;
+      c.num_chunks = num_chunks;
+      RunExchangeCase(ranks, c, random);
+    }
+  }
+}
 
 // ---- masked ranks ----
 
@@ -66,7 +85,7 @@ TEST(MaskedInEveryForm) {
         ExchangeCase c;
         c.num_tokens = 7;
         c.dispatch_form = dispatch;
-        c.combine_form = dispatch == DispatchForm::kPush ? CombineForm::kPull : CombineForm::kPush;
+        c.combine_form = kCombineForms[seed % 3];
         c.masked_after_plan = masked_after_plan;
         c.masked_run = seed % 2 == 0;
         for (const uint32_t masked : {0b010u, 0b011u, 0b000u}) {
