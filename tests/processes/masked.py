@@ -109,6 +109,13 @@ def main() -> None:
         step = ops(group)
         run_and_check(ranks, step, [], 0)
         if sys.argv[1] == "planned":
+            try:
+                group.mask_ranks([jax.process_index()])
+            except ValueError as error:
+                assert "process 0 has [0], process 1 has [1]" in str(error), error
+            else:
+                raise AssertionError("expected an error")
+            assert group.masked_ranks == ()
             # A rank of a process, all of a process, others, nobody.
             for seed, masked in enumerate([[1], of_last, [0, *of_last], []]):
                 group.mask_ranks(masked)
