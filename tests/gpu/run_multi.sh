@@ -63,7 +63,7 @@ run() {
         ${EXCHANGE:-$sizes --sms 16 32 --routing uniform zipf --form chain} ;;
     latency)
       processes latency $captured --dump=loop_of "$gpus" benchmarks/low_latency_gpu.py \
-        --json "$LOGS/low_latency.jsonl" ${LATENCY:---tokens 1 8 32 128} ;;
+        --json "$LOGS/low_latency.jsonl" ${LATENCY:---tokens 1 8 32 128 --sms 32} ;;
     baselines)
       for flag in true false; do
         one_process "baselines" --xla-flag=$one_shot=$flag 1 jax_wideep.bench exchange --json \
