@@ -131,12 +131,14 @@ def _functions(group: wep.ExpertGroup, capacity: int, placement: Placement | Non
         if placement is not None:
             idx = placement.to_physical(idx, jax.lax.axis_index(group.axis))
         plan = wep.make_plan(idx, group, capacity=capacity)
+        rows: Any
         rows, row_weights = wep.dispatch(x, weights, plan, zero_tail=False)
         return wep.combine(rows, row_weights, plan, zero_tail=False)
 
     def layer(x, idx, weights, wi, wo):
-        options = {"capacity": capacity, "placement": placement, "return_stats": False}
-        return wep.moe_ffn(x, idx, weights, wi, wo, group, **options)[0]
+        return wep.moe_ffn(
+            x, idx, weights, wi, wo, group, capacity=capacity, placement=placement, return_stats=False
+        )[0]
 
     return exchange, layer
 

@@ -82,7 +82,7 @@ def run(settings: TraceSettings) -> list[report.Record]:
             draws.activations(settings.experts, settings.hidden, inner) * scale,
             draws.activations(settings.experts, settings.ffn, settings.hidden) * scale,
         )
-        compiled = on_ranks(mesh, step).lower(*arguments).compile()
+        compiled = jax.jit(on_ranks(mesh, step)).lower(*arguments).compile()
         jax.block_until_ready(compiled(*arguments))
         folder = pathlib.Path(scratch) if settings.trace is None else settings.trace
         if jax.process_count() > 1:  # which would write files of one name
@@ -92,7 +92,7 @@ def run(settings: TraceSettings) -> list[report.Record]:
                 with jax.profiler.StepTraceAnnotation("step", step_num=number):
                     jax.block_until_ready(compiled(*arguments))
         times = operation_seconds(_newest(folder))
-        scopes = scopes_of(compiled.as_text())
+        scopes = scopes_of(compiled.as_text() or "")
         environment = measure.environment(mesh)
 
     calls = settings.steps * len(mesh.local_devices)
@@ -148,10 +148,12 @@ def scopes_of(program: str) -> dict[str, str]:
             inside[computation][scopes[operation[1]]] += 1
         else:
             nameless.append((operation[1], computation, _CALLED.findall(line)))
-    for operation, computation, called in nameless:
-        votes = sum((inside[name] for name in called), collections.Counter()) or inside[computation]
-        if votes and (called or computation):
-            scopes[operation] = votes.most_common(1)[0][0]
+    for unnamed, computation, called in nameless:
+        votes = sum((inside[callee] for callee in called), collections.Counter())
+        if not votes and computation:
+            votes = inside[computation]
+        if votes:
+            scopes[unnamed] = votes.most_common(1)[0][0]
     return scopes
 
 
