@@ -224,7 +224,7 @@ class _Wanted:
             values = source.read(*rows)
             for piece in pieces:
                 part = out if piece.expert is None else out[piece.expert - start]
-                piece.of_parameter(part)[...] = piece.of_tensor(values)
+                mapping.copy(piece.of_parameter(part), piece.of_tensor(values))
             advance(source.nbytes(*rows))
         return out
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from jax_wideep.families.presets import Preset
 from jax_wideep.moe import inner_size
 
@@ -78,6 +80,26 @@ class Piece:
     def of_tensor(self, rows: Any) -> Any:
         """The columns of the tensor, or of some of its rows, that belong to the piece."""
         return rows[..., self.first :: self.step]
+
+
+# Rows and columns of a matrix that are transposed at a time. Measured on one core of an x86-64 server, 2026-11-24,
+# 2048 x 7168: 3.7 times the speed of the whole matrix at once for values of 2 bytes, 6.3 times for 4.
+_BLOCK = (16, 1024)
+
+
+def copy(target: np.ndarray, source: np.ndarray) -> None:
+    """target[...] = source, in blocks that stay in a cache where one of them is transposed."""
+    if target.dtype == source.dtype:  # NumPy moves integers faster than floats that are not its own
+        bits = np.dtype(f"u{target.dtype.itemsize}")
+        target, source = target.view(bits), source.view(bits)
+    if target.ndim != 2 or (target.flags.c_contiguous and source.flags.c_contiguous):
+        target[...] = source
+        return
+    rows, columns = _BLOCK
+    for i in range(0, target.shape[0], rows):
+        for j in range(0, target.shape[1], columns):
+            at = slice(i, i + rows), slice(j, j + columns)
+            target[at] = source[at]
 
 
 def prefixes(preset: Preset, number: int) -> tuple[str, ...]:

@@ -145,7 +145,7 @@ class _Param:
                 rows = np.empty((span[1] - span[0], *tensor.shape[1:]), self.dtype)
                 for piece in pieces:
                     part = values if piece.expert is None else values[piece.expert - start]
-                    piece.of_tensor(rows)[...] = piece.of_parameter(part)
+                    mapping.copy(piece.of_tensor(rows), piece.of_parameter(part))
                 _safetensors.write_rows(tensor, _unfinished(tensor.path), span[0], rows)
                 advance(rows.nbytes)
 

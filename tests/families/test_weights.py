@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jax_wideep import families
+from jax_wideep.families import mapping
 from jax_wideep.flax.transformer import Transformer, TransformerConfig
 
 QUIET = {"progress": False}
@@ -84,6 +85,18 @@ def test_loaded_and_saved(tmp_path, family, family_group, dtype, files):
     prefix = "language_model.model.layers.{number}.feed_forward." if family == "llama4" else None
     families.save_layers(tmp_path / "ours", {5: layer}, preset, prefix=prefix, **QUIET)
     assert read(tmp_path / "ours") == as_read(tensors)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (16, 1024), (40, 2500), (7,), (2, 3, 4)])
+@pytest.mark.parametrize("dtypes", [("u2", "u2"), ("f4", "f2"), ("f4", "f4")])
+def test_blocks_of_a_transposed_copy(shape, dtypes):
+    source = np.random.default_rng(0).integers(0, 2000, shape).astype(dtypes[0])
+    straight, turned, back = (np.zeros(size, dtypes[1]) for size in (shape, shape[::-1], shape))
+    mapping.copy(straight, source)
+    mapping.copy(turned.T, source)
+    mapping.copy(back, turned.T)
+    for copied in (straight, turned.T, back):
+        np.testing.assert_array_equal(copied, source)
 
 
 def test_groups_side_by_side_read_once(tmp_path, make_group):
