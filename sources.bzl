@@ -50,6 +50,7 @@ ROW_KERNEL_SOURCE = [
 
 # FFI handlers and the nanobind module of the CPU backend.
 CPU_FFI_SOURCES = [
+    "xla_ffi/cpu/call_sites.cc",
     "xla_ffi/cpu/combine.cc",
     "xla_ffi/cpu/dispatch.cc",
     "xla_ffi/cpu/group_registry.cc",
@@ -59,6 +60,7 @@ CPU_FFI_SOURCES = [
 ]
 
 CPU_FFI_HEADERS = [
+    "xla_ffi/cpu/call_sites.h",
     "xla_ffi/cpu/group_registry.h",
     "xla_ffi/cpu/handlers.h",
     "xla_ffi/cpu/meet.h",
@@ -119,6 +121,7 @@ EXCHANGE_CUDA_SOURCES = [
     "csrc/ep/combine.cu",
     "csrc/ep/dispatch.cu",
     "csrc/ep/low_latency.cu",
+    "csrc/ep/low_latency_relayed.cc",
     "csrc/ep/plan.cu",
     "csrc/ep/quantize.cu",
     "csrc/transport/device_memory.cc",
@@ -148,6 +151,7 @@ EXCHANGE_CUDA_HEADERS = [
     "csrc/ep/low_latency_combine_grad.cuh",
     "csrc/ep/low_latency_protocol.cuh",
     "csrc/ep/low_latency_receive.cuh",
+    "csrc/ep/low_latency_relayed.h",
     "csrc/ep/low_latency_send.cuh",
     "csrc/ep/peer_context.h",
     "csrc/ep/plan.cuh",
@@ -159,6 +163,8 @@ EXCHANGE_CUDA_HEADERS = [
     "csrc/ep/zero_tail.cuh",
     "csrc/transport/device_memory.h",
     "csrc/transport/peer.h",
+    "csrc/transport/relay.cuh",
+    "csrc/transport/relay.h",
 ]
 
 # FFI handlers and the nanobind module of the CUDA backend; host compiler only.
@@ -183,6 +189,16 @@ CUDA_FFI_HEADERS = [
     "xla_ffi/cuda/profile_range.h",
     "xla_ffi/cuda/row_groups.h",
     "xla_ffi/ffi_util.h",
+]
+
+# NVSHMEM's memory and the relay over it, and their nanobind module.
+NVSHMEM_SOURCES = [
+    "csrc/transport/nvshmem.cu",
+    "xla_ffi/nvshmem/module.cc",
+]
+
+NVSHMEM_HEADERS = [
+    "csrc/transport/nvshmem.h",
 ]
 
 # The emulator of CUDA kernels on the CPU.
@@ -219,12 +235,14 @@ SIMT_HEADERS = [
 # Kernels that are tested in it.
 SIMT_KERNEL_SOURCES = [
     "csrc/core/error_record.cc",
+    "csrc/ep/low_latency_relayed.cc",
     "tests/simt/exchange_kernels.cc",
     "tests/simt/low_latency_kernels.cc",
 ]
 
 SIMT_TESTS = [
     "tests/simt/exchange_simt_test.cc",
+    "tests/simt/low_latency_relay_simt_test.cc",
     "tests/simt/low_latency_simt_test.cc",
     "tests/simt/simt_test.cc",
 ]

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import jobs
 import pytest
 import two_hosts
 
-from jax_wideep import _bootstrap
+from jax_wideep import _bootstrap, _ffi
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,13 @@ def test_two_hosts_exchange_by_collectives():
         assert "(backend='xla'), since the mesh spans several hosts" in output
 
 
+def test_programs_compiled_side_by_side(tmp_path):
+    """Then processes may count call sites differently; an exchange fails rather than meets another one."""
+    outputs = jobs.run(tmp_path, 2, 1, "meeting.py", "compiling", timeout_s=90)
+    assert "Compile programs that exchange tokens across processes one after the other" in outputs[1]
+    assert "failed: " in outputs[0] and "exchanged" not in outputs[0]
+
+
 # ---- strangers: another user of this host ----
 
 NOBODY = 65534
@@ -88,8 +96,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become
 @needs_root
 def test_stranger_cannot_open_shared_memory():
     """It has no name; and what /proc shows of it is closed to others."""
-    from jax_wideep import _ffi
-
+    jax.devices()  # before the handlers: JAX cannot start a backend after that
     arena = _ffi.cpu_module().make_arena()
     path = f"/proc/{os.getpid()}/fd/{arena.descriptor}"
     with open(path, "rb"):

@@ -17,22 +17,11 @@
 #include "csrc/transport/host_peers.h"
 #include "csrc/transport/host_rendezvous.h"
 #include "csrc/transport/host_staging.h"
+#include "xla_ffi/cpu/call_sites.h"
 #include "xla_ffi/cpu/group_registry.h"
 #include "xla_ffi/ffi_util.h"
 
 namespace wideep {
-
-/// One call site of an executable. XLA instantiates it once and shares it among the devices, so its
-/// number tells exchanges apart even where a traced function is called twice and its attributes are
-/// equal.
-struct OpInstance {
-  static ffi::TypeId id;
-  static ffi::TypeInfo info;
-  int64_t number;  // in this process
-  int64_t place;   // in its executable: the same in every process that runs the program
-};
-
-ffi::ErrorOr<std::unique_ptr<OpInstance>> InstantiateOp();
 
 /// Where a handler runs.
 struct CallSite {
@@ -211,7 +200,13 @@ ffi::Future Meet(const char* op, const CallSite& site, const Shape& shape, const
   const bool spans = spanned != group->process_of_rank.end();
   const MeetingKey key{site.run_id.run_id, spans ? site.instance->place : site.instance->number,
                        site.group, place->second.subgroup};
-  if (spans) arrival.process_of_rank = spanned->second;
+  if (spans) {
+    if (Status status = CheckPlace(site.run_id.run_id, *site.instance); !status.ok()) {
+      promise.SetError(ToFfiError(status));
+      return future;
+    }
+    arrival.process_of_rank = spanned->second;
+  }
   const Exchange exchange = [op, run, process = group->process,
                              process_of_rank = arrival.process_of_rank](
                                 std::vector<std::shared_ptr<void>> args, Completion finish) {

@@ -14,6 +14,7 @@
 
 #include "csrc/ep/row_kernels.h"
 #include "csrc/transport/host_rendezvous.h"
+#include "xla_ffi/cpu/call_sites.h"
 #include "xla_ffi/cpu/group_registry.h"
 #include "xla_ffi/cpu/handlers.h"
 #include "xla_ffi/cpu/meet.h"
@@ -21,26 +22,6 @@
 namespace nb = nanobind;
 
 namespace wideep {
-
-ffi::TypeId OpInstance::id = {};
-ffi::TypeInfo OpInstance::info = ffi::MakeTypeInfo<OpInstance>();
-
-// Executables that this process has compiled or loaded.
-static std::atomic<int64_t> num_executables{0};
-
-ffi::ErrorOr<std::unique_ptr<OpInstance>> InstantiateOp() {
-  static std::atomic<int64_t> next_number{1};
-  // XLA instantiates an executable's call sites in the order of its program, on one thread.
-  thread_local int64_t executable = -1, next_place = 0;
-  if (const int64_t current = num_executables.load(); current != executable) {
-    executable = current;
-    next_place = 0;
-  }
-  auto instance = std::make_unique<OpInstance>();
-  instance->number = next_number.fetch_add(1, std::memory_order_relaxed);
-  instance->place = next_place++;
-  return instance;
-}
 
 namespace {
 
@@ -152,9 +133,8 @@ NB_MODULE(_wideep_cpu, m) {
         nb::arg("arena"), nb::arg("peers"),
         "Takes the arena and the peers' descriptors. processes: of every rank, by subgroup; peers: "
         "(process, socket, arena, [(subgroup, rank)])");
-  m.def(
-      "executable_done", [] { ++wideep::num_executables; },
-      "To be called after each compilation: call sites are counted anew.");
+  m.def("executable_done", wideep::ExecutableDone,
+        "To be called after each compilation: call sites are counted anew.");
   m.def(
       "mask_group",
       [](int64_t id, const std::vector<int>& ranks) {
