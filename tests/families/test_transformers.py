@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib
+import json
 import sys
 
 import flax.nnx as nnx
@@ -136,6 +137,40 @@ def test_round_trip_of_what_transformers_wrote_is_bit_exact(tmp_path, hf, make_g
         want, got = theirs.find(tensor), ours.find(tensor)
         assert (got.dtype, got.shape) == (want.dtype, want.shape)
         assert ours.read(got).tobytes() == theirs.read(want).tobytes(), tensor
+
+
+@pytest.mark.parametrize("name", ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4"))
+def test_transformers_reads_what_was_saved(tmp_path, hf, make_group, name):
+    """Another layer's weights in a model's checkpoint: its module then computes what that layer does."""
+    import torch
+
+    model = hf.model(name)
+    model.save_pretrained(tmp_path / "model")
+    preset, layer = load(tmp_path / "model", make_group)
+    x = draw(3)
+    before = layer(jnp.asarray(x))
+    for parameter in families.mapping.parameter_shapes(preset):
+        variable = layer.parameter(parameter)
+        variable.set_value(variable[...] * 0.75)
+    families.save_layers(tmp_path / "ours", {1: layer}, preset, progress=False)
+
+    folder = tmp_path / "model"
+    names = {file: families.Checkpoint(tmp_path / file).names() for file in ("model", "ours")}
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (tmp_path / "ours" / "model.safetensors").rename(folder / "b.safetensors")
+    weight_map = dict.fromkeys(names["model"], "a.safetensors") | dict.fromkeys(
+        names["ours"], "b.safetensors"
+    )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
+    )
+    read = type(model).from_pretrained(folder).eval()
+    with torch.no_grad():
+        out = hf.block_of(read)(torch.tensor(x))
+    out = out[0] if isinstance(out, tuple) else out
+    after = layer(jnp.asarray(x))
+    assert jnp.abs(after - before).max() > 0.1 * jnp.abs(before).max()
+    relative(after, out.numpy().reshape(x.shape), 1e-5, "output")
 
 
 def test_mxfp4_is_unpacked_as_transformers_does(tmp_path, hf, make_group):
