@@ -22,6 +22,10 @@ from jax_wideep.plan import Overflow
 from jax_wideep.routing import RouterConfig, load_balance_loss, route, router_logits, z_loss
 
 
+#: Rows of a round as a multiple of the mean, where overflow="spill" and nothing is said of the capacity.
+SPILL_CAPACITY_FACTOR = 1.5
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
     """Static settings of a layer; hashable. The layers' docstrings say what each one means."""
@@ -107,6 +111,8 @@ def make_config(
         raise ValueError("MoE: expected capacity or capacity_factor, got both; leave one out")
     if capacity_factor is not None and not capacity_factor > 0:
         raise ValueError(f"MoE: capacity_factor: expected more than 0, got {capacity_factor}")
+    if overflow == "spill" and capacity is None and capacity_factor is None:
+        capacity_factor = SPILL_CAPACITY_FACTOR
     axes = tuple(group.mesh.axis_names) if batch_axes is None else tuple(batch_axes)
     if not set(group.axis) <= set(axes) or not set(axes) <= set(group.mesh.axis_names):
         raise ValueError(

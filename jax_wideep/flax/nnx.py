@@ -102,8 +102,9 @@ class MoE(nnx.Module):
       use_bias: whether experts have biases.
       weigh_input: whether gate weights multiply the experts' inputs in place of their outputs, see moe_ffn.
       mode: "throughput" for training and prefill, "low_latency" for decode; calls may choose the other.
-      capacity: rows a rank can receive; None drops nothing.
-      capacity_factor: the same as a multiple of tokens * top_k per rank, the average load.
+      capacity: rows a rank can receive; None, without capacity_factor too, is the worst case, which drops nothing.
+      capacity_factor: the same as a multiple of tokens * top_k per rank, the average load; 1.5 under "spill" if
+        neither is given.
       overflow: "drop", "error" or "spill", see moe_ffn.
       microbatches: parts of a rank's tokens that take turns, see moe_ffn.
       expert_chunk: rows that experts work on at a time, see moe_ffn.
