@@ -131,7 +131,8 @@ Status LaunchLowLatencyCombineGrad(const LowLatencyCombineGradParams& params, cu
                                                : LowLatencyCombineGradKernel<DType::kF32>;
   status = Launch(kernel, p.tuning.num_blocks, kLowLatencyThreads,
                   LowLatencyDispatchShared::NumBytes(p.tokens, p.peers.num_ranks), stream, p, kOp);
-  if (!status.ok() || !p.zero_tail) return status;
+  const bool last = p.part == CombineGradPart::kBoth || p.part == CombineGradPart::kHome;
+  if (!status.ok() || !p.zero_tail || !last) return status;
   return LaunchZeroTails(p.dy, nullptr, p.counts,
                          p.tokens.hidden * static_cast<int64_t>(SizeOf(p.dtype)), p.tokens, p.peers,
                          stream);

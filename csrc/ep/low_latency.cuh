@@ -94,20 +94,29 @@ template <DType kDType>
 __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     LowLatencyCombineGradKernel(const __grid_constant__ LowLatencyCombineGradParams p) {
   auto& shared = *reinterpret_cast<LowLatencyDispatchShared*>(DynamicShared());
+  const bool whole = p.part == CombineGradPart::kBoth;
+  const bool sends = whole || p.part == CombineGradPart::kSend;
   LowLatencyCall call(p.peers, ExchangeOp::kLowLatencyCombineGrad, LowLatencyKind::kDispatch,
-                      LowLatencyPart::kBoth, nullptr, shared.base);
+                      whole   ? LowLatencyPart::kBoth
+                      : sends ? LowLatencyPart::kSend
+                              : LowLatencyPart::kReceive,
+                      p.ticket, shared.base);
   if (!call.TakesPart()) {
     const int64_t row_bytes = p.tokens.hidden * static_cast<int64_t>(SizeOf(kDType));
     return ZeroGradients(p, row_bytes, call.num_ranks());
   }
   call.Begin();
-  const LowLatencySource source{p.tokens, p.tuning.pieces, p.dout, p.topk_idx, p.topk_weights};
-  SendTokens<kDType, /*kQuantize=*/false>(source, call, shared.experts(),
-                                          shared.token_bits(p.tokens));
-  if (call.Meet()) {
-    ReceiveDouts<kDType>(p, call, shared.arrivals(p.tokens, p.peers.num_ranks));
-    ReceiveDots(p, call);
+  if (sends) {
+    const LowLatencySource source{p.tokens, p.tuning.pieces, p.dout, p.topk_idx, p.topk_weights};
+    SendTokens<kDType, /*kQuantize=*/false>(source, call, shared.experts(),
+                                            shared.token_bits(p.tokens));
   }
+  if (!call.Meet()) return;
+  if (p.part == CombineGradPart::kReceive) call.CountCall();
+  if (whole || p.part == CombineGradPart::kReceive) {
+    ReceiveDouts<kDType>(p, call, shared.arrivals(p.tokens, p.peers.num_ranks));
+  }
+  if (whole || p.part == CombineGradPart::kHome) ReceiveDots(p, call);
 }
 
 // ---- rows past the counts: more blocks than the exchange has, and no other rank ----

@@ -71,13 +71,19 @@ struct LowLatencyCombineParams {
   char* out = nullptr;                  // out [num_tokens, hidden]; receive
 };
 
+/// Combine's gradient, or one of the three kernels of a call that is relayed
+/// (csrc/transport/relay.h): dout out, rows and their dot products, dot products home.
+enum class CombineGradPart { kBoth, kSend, kReceive, kHome };
+
 /// dy[row] = topk_weights * dout[token], dtopk_weights[token, k] = <y[row], dout[token]>.
 struct LowLatencyCombineGradParams {
   PeerContext peers;
   LowLatencyTokens tokens;
   LowLatencyTuning tuning;
+  CombineGradPart part = CombineGradPart::kBoth;
   DType dtype = DType::kBF16;
   bool zero_tail = true;
+  uint32_t* ticket = nullptr;  // [], as above
 
   const char* dout = nullptr;           // in  [num_tokens, hidden]
   const char* y = nullptr;              // in  [local_experts, num_ranks * chunk, hidden]

@@ -34,10 +34,13 @@ Status PeerGroup::Make(const Settings& settings, const std::vector<const void*>&
   const DeviceScope scope(settings.device);
   if (!scope.status().ok()) return scope.status();
   std::unique_ptr<PeerGroup> group(new PeerGroup(settings));
-  Status status =
-      DeviceMemory::Allocate(settings.device, static_cast<uint64_t>(group->layout_.num_bytes),
-                             settings.spans_processes, group->arena_);
-  if (!status.ok()) return OfRank(settings.rank, "arena", status);
+  Status status;
+  if (settings.arena_memory == nullptr) {
+    status =
+        DeviceMemory::Allocate(settings.device, static_cast<uint64_t>(group->layout_.num_bytes),
+                               settings.spans_processes, group->arena_);
+    if (!status.ok()) return OfRank(settings.rank, "arena", status);
+  }
 
   void* record = nullptr;
   status = Runtime("cudaHostAlloc", cudaHostAlloc(&record, sizeof(ErrorRecord),
@@ -52,7 +55,7 @@ Status PeerGroup::Make(const Settings& settings, const std::vector<const void*>&
 
   PeerMemory& memory = group->memory_;
   memory.arena = group->arena_.range();
-  if (settings.spans_processes) {
+  if (settings.spans_processes && settings.arena_memory == nullptr) {
     status = DeviceMemory::Export(memory.arena.base, group->descriptors_.emplace_back());
     if (!status.ok()) return OfRank(settings.rank, "arena", status);
   }
@@ -72,7 +75,7 @@ Status PeerGroup::Make(const Settings& settings, const std::vector<const void*>&
   }
 
   PeerTable& table = group->table_;
-  table.arena[settings.rank] = group->arena_.data();
+  table.arena[settings.rank] = group->arena();
   table.num_regions[settings.rank] = static_cast<int32_t>(memory.regions.size());
   for (size_t i = 0; i < memory.regions.size(); ++i) {
     const MemoryRange& range = memory.regions[i];
@@ -99,18 +102,22 @@ std::vector<int> PeerGroup::TakeDescriptors() {
 }
 
 Status PeerGroup::MapPeer(int rank, const PeerMemory& memory, const std::vector<int>& descriptors) {
-  if (memory.regions.size() > kMaxRegions || descriptors.size() != 1 + memory.regions.size()) {
+  const size_t first = settings_.arena_memory == nullptr ? 1 : 0;  // descriptor of a region
+  if (memory.regions.size() > kMaxRegions || descriptors.size() != first + memory.regions.size()) {
     return Status::Internal("peer transport: rank " + std::to_string(rank) + " described " +
                             std::to_string(memory.regions.size()) + " regions and sent " +
                             std::to_string(descriptors.size()) + " descriptors");
   }
-  Status status = DeviceMemory::Import(settings_.device, descriptors[0], memory.arena.num_bytes,
-                                       mapped_.emplace_back());
-  if (!status.ok()) return OfRank(rank, "arena", status);
-  table_.arena[rank] = mapped_.back().data();
+  Status status;
+  if (first == 1) {
+    status = DeviceMemory::Import(settings_.device, descriptors[0], memory.arena.num_bytes,
+                                  mapped_.emplace_back());
+    if (!status.ok()) return OfRank(rank, "arena", status);
+    table_.arena[rank] = mapped_.back().data();
+  }
   for (size_t i = 0; i < memory.regions.size(); ++i) {
     const MemoryRange& range = memory.regions[i];
-    status = DeviceMemory::Import(settings_.device, descriptors[i + 1], range.num_bytes,
+    status = DeviceMemory::Import(settings_.device, descriptors[first + i], range.num_bytes,
                                   mapped_.emplace_back());
     if (!status.ok()) return OfRank(rank, "memory pool", status);
     table_.regions[rank][i] = {range.base, range.num_bytes, mapped_.back().data()};
@@ -144,9 +151,8 @@ Status PeerGroup::Finish() {
   }
   const DeviceScope scope(settings_.device);
   if (!scope.status().ok()) return scope.status();
-  const Status status =
-      Runtime("peer table", cudaMemcpy(arena_.data() + layout_.peer_table, &table_, sizeof(table_),
-                                       cudaMemcpyHostToDevice));
+  const Status status = Runtime("peer table", cudaMemcpy(arena() + layout_.peer_table, &table_,
+                                                         sizeof(table_), cudaMemcpyHostToDevice));
   if (!status.ok()) return status;
   return Runtime("cudaDeviceSynchronize", cudaDeviceSynchronize());
 }
@@ -163,7 +169,7 @@ Status PeerGroup::Reset(uint32_t masked) {
   if (!scope.status().ok()) return scope.status();
   Control control{};
   control.masked = masked;
-  char* const arena = arena_.data();
+  char* const arena = this->arena();
   const int64_t after_table = layout_.after_peer_table();
   Status status = Runtime("reset", cudaDeviceSynchronize());
   if (status.ok()) {

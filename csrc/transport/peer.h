@@ -29,6 +29,9 @@ class PeerGroup {
     int rank = 0;
     ArenaConfig arena{};
     bool spans_processes = false;
+    /// Zeroed memory of another transport, which keeps it; null: the group allocates its own, and
+    /// its peers map it.
+    char* arena_memory = nullptr;
   };
 
   /// Allocates arena and record. `pool_pointers`: buffers of XLA's; the allocations that hold them
@@ -41,20 +44,25 @@ class PeerGroup {
   PeerGroup& operator=(const PeerGroup&) = delete;
 
   const PeerMemory& memory() const { return memory_; }
-  /// Of the arena and the regions, in order; the caller's to close. Empty within one process.
+  /// Of its own arena and the regions, in order; the caller's to close. Empty within one process.
   std::vector<int> TakeDescriptors();
 
   /// A rank of another process; the descriptors stay the caller's.
   Status MapPeer(int rank, const PeerMemory& memory, const std::vector<int>& descriptors);
   /// A rank of this process.
   Status MapPeer(int rank, const PeerGroup& peer);
+  /// Where this rank writes to the arena of a rank, if another transport has it: MapPeer then maps
+  /// the regions.
+  void SetArena(int rank, char* here) { table_.arena[rank] = here; }
   /// Tells this rank's kernels where everything lies. Every peer has been mapped.
   Status Finish();
 
   int device() const { return settings_.device; }
   int rank() const { return settings_.rank; }
   const ArenaLayout& layout() const { return layout_; }
-  char* arena() const { return arena_.data(); }
+  char* arena() const {
+    return settings_.arena_memory != nullptr ? settings_.arena_memory : arena_.data();
+  }
   /// The record as kernels see it.
   ErrorRecord* device_record() const { return device_record_; }
   /// Whether this rank has given up, and what it left.

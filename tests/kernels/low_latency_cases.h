@@ -9,6 +9,7 @@
 
 #include "csrc/ep/low_latency.h"
 #include "csrc/ep/low_latency_host.h"
+#include "csrc/ep/low_latency_relayed.h"
 #include "csrc/ep/quantize.h"
 #include "csrc/ep/row_kernels.h"
 #include "tests/cpp/check.h"
@@ -32,7 +33,10 @@ struct LowLatencyCase {
   bool gradient = true;
   uint32_t masked = 0;     // bit r: rank r is masked
   bool masked_run = true;  // masked ranks launch the ops too
+  /// Of each rank, for peers that it has no address of; null: it has those of all.
+  std::vector<Relay*> relays;
 
+  Relay* RelayOf(int rank) const { return relays.empty() ? nullptr : relays[rank]; }
   bool IsMasked(int rank) const { return (masked >> rank & 1) != 0; }
   bool Runs(int rank) const { return masked_run || !IsMasked(rank); }
 };
@@ -203,7 +207,7 @@ class LowLatencyRun {
       LowLatencyDispatchParams p = device_[rank].dispatch;
       p.part = part;
       if (part != LowLatencyPart::kBoth) p.ticket = device_[rank].dispatch_ticket;
-      return LaunchLowLatencyDispatch(p, ranks_.stream(rank));
+      return LaunchRelayedDispatch(c_.RelayOf(rank), p, ranks_.stream(rank));
     });
   }
   void Combine(LowLatencyPart part = LowLatencyPart::kBoth) {
@@ -211,13 +215,13 @@ class LowLatencyRun {
       LowLatencyCombineParams p = device_[rank].combine;
       p.part = part;
       if (part != LowLatencyPart::kBoth) p.ticket = device_[rank].combine_ticket;
-      return LaunchLowLatencyCombine(p, ranks_.stream(rank));
+      return LaunchRelayedCombine(c_.RelayOf(rank), p, ranks_.stream(rank));
     });
   }
   void CombineGrad() {
     if (!c_.gradient) return;
     EachRank([&](int rank) {
-      return LaunchLowLatencyCombineGrad(device_[rank].grad, ranks_.stream(rank));
+      return LaunchRelayedCombineGrad(c_.RelayOf(rank), device_[rank].grad, ranks_.stream(rank));
     });
   }
 
