@@ -21,7 +21,6 @@ from jax_wideep.placement import Placement, make_placement
 from jax_wideep.plan import Overflow
 from jax_wideep.routing import RouterConfig, load_balance_loss, route, router_logits, z_loss
 
-
 #: Rows of a round as a multiple of the mean, where overflow="spill" and nothing is said of the capacity.
 SPILL_CAPACITY_FACTOR = 1.5
 
