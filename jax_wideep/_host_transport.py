@@ -142,8 +142,15 @@ def _introduce(module: ModuleType | None, settings: HostSettings) -> dict[str, A
     own["devices"] = [int(device.id) for device in settings.devices.flat]
     own.update(_bootstrap.versions())
     own["_wideep_cpu"] = None if module is None else _bootstrap.build_id(module)
+    obstacle = None
+    if module is None:
+        obstacle = "the module _wideep_cpu is not built into this installation"
+    elif jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir:
+        # JAX fills it from process 0 only, and a program that one process has compiled and another one has loaded
+        # is not the same launch to both: their ranks would wait for each other.
+        obstacle = "JAX's persistent compilation cache is on (JAX_COMPILATION_CACHE_DIR); unset it"
     return {
-        "obstacle": None if module else "the module _wideep_cpu is not built into this installation",
+        "obstacle": obstacle,
         "host": _bootstrap.host_id(),
         "settings": own,
         "next_id": module.next_shared_id() if module else 0,

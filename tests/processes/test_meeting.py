@@ -55,6 +55,19 @@ def test_found_by_slurm(tmp_path):
         assert "exchanged" in outcome.output and outcome.status == 0
 
 
+def test_programs_of_a_compilation_cache_exchange_by_collectives(tmp_path):
+    """Process 0 fills the cache, and in the second job it alone finds its programs there."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    for _ in range(2):
+        with jobs.Job(tmp_path, 2, 2, "meeting.py", ["exchange"], lambda process: cache) as running:
+            outcomes = running.wait(90)
+        for outcome in outcomes.values():
+            assert outcome.status == 0, outcome.output[-3000:]
+            assert "(backend='xla'), since" in outcome.output and "compilation cache is on" in outcome.output
+            assert "exchanged" in outcome.output
+        assert list(tmp_path.glob("*-cache"))
+
+
 def test_two_hosts_exchange_by_collectives():
     """Two network namespaces: the same machine, but no socket reaches the other one."""
     reason = two_hosts.unavailable()
