@@ -341,10 +341,7 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
     return false;
   }
 
-  if (poison) {
-    CHECK(ranks.ArenasUntouched());
-    ranks.Mask(c.masked);  // clears them for whoever runs next
-  }
+  if (poison) CHECK(ranks.ArenasUntouched());
 
   const bool through_rings = !group.zero_copy && group.num_ranks > 1;
   const bool reduces = c.combine_form == CombineForm::kReduce && !through_rings;

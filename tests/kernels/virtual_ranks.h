@@ -11,12 +11,14 @@
 //   bool Synchronize()                     false, with a message, if something went wrong
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "csrc/ep/peer_context.h"
@@ -87,6 +89,30 @@ class VirtualRanks {
   }
   uint32_t masked() const { return masked_; }
 
+  /// Fills the masked ranks' arenas with a pattern, for ArenasUntouched; such a rank still finds
+  /// that it is masked.
+  void PoisonMaskedArenas() {
+    for (const PeerContext& context : contexts_) {
+      if ((masked_ >> context.rank & 1) == 0) continue;
+      for (const auto& [begin, end] : PoisonedParts(context.layout)) {
+        machine_.Fill(context.arena + begin, kPoison, end - begin);
+      }
+    }
+  }
+  /// Whether nobody has written to a poisoned arena.
+  bool ArenasUntouched() {
+    for (const PeerContext& context : contexts_) {
+      if ((masked_ >> context.rank & 1) == 0) continue;
+      for (const auto& [begin, end] : PoisonedParts(context.layout)) {
+        const std::vector<char> bytes = Read<char>(context.arena + begin, end - begin);
+        const bool untouched =
+            std::all_of(bytes.begin(), bytes.end(), [](char byte) { return byte == kPoison; });
+        if (!untouched) return false;
+      }
+    }
+    return true;
+  }
+
   int num_ranks() const { return settings_.num_ranks; }
   const GroupSettings& settings() const { return settings_; }
   const PeerContext& context(int rank) const { return contexts_[rank]; }
@@ -128,6 +154,16 @@ class VirtualRanks {
   }
 
  private:
+  static constexpr char kPoison = 0x5c;
+
+  /// All but the mask and the peer table.
+  static std::vector<std::pair<int64_t, int64_t>> PoisonedParts(const ArenaLayout& layout) {
+    constexpr int64_t kMask = offsetof(Control, masked);
+    return {{0, kMask},
+            {kMask + 4, static_cast<int64_t>(sizeof(Control))},
+            {layout.after_peer_table(), layout.num_bytes}};
+  }
+
   Machine machine_;
   GroupSettings settings_;
   std::vector<PeerContext> contexts_;
