@@ -95,7 +95,8 @@ def test_redundant_experts_even_out_zipf():
 
 @given(st.data())
 def test_every_selection_reaches_one_replica_and_they_share_evenly(data):
-    experts, extra = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 7))
+    # Few shapes, since each one is compiled.
+    experts, extra = data.draw(st.sampled_from([(1, 3), (6, 0), (9, 5)]))
     tokens, top_k = data.draw(st.sampled_from([(0, 2), (1, 3), (50, 4)]))
     load = np.array(data.draw(st.lists(st.integers(0, 99), min_size=experts, max_size=experts)))
     placement = wep.compute_placement(load, experts + extra, 1, max_replicas=experts + extra)
