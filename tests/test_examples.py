@@ -146,7 +146,8 @@ def test_demo(tmp_path):
     assert last < first - 0.5
     for name in ("loss.png", "expert_load.png", "route.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-    assert '"name":"jax_wideep: plan, dispatch, combine","ms":' in (tmp_path / "out" / "report.html").read_text()
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert '"name":"jax_wideep: plan, dispatch, combine","ms":' in report
 
 
 # ---- text ----
