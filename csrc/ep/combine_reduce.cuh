@@ -83,7 +83,7 @@ __device__ void SumChunk(const CombineParams& p, const Exchange& exchange,
       }
       __syncwarp();
       // Few rows a token: more of each under way.
-      SumRows<kDType, kWeighted, /*kColumns=*/4, /*kRows=*/4>(
+      SumRows<kDType, kWeighted, /*kColumns=*/3, /*kRows=*/4>(
           p.sums + first_row * row_bytes, list, count, 0, static_cast<int>(row_bytes), lane, 32);
       __syncwarp();  // the list is read
     });

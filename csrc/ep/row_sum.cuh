@@ -35,12 +35,14 @@ template <DType kDType, bool kWeighted, int kColumns = 2, int kRows = 8>
 __device__ __forceinline__ void SumRows(char* out, const SumList& list, int num_rows, int begin,
                                         int end, int thread, int num_threads) {
   const int step = num_threads * 16;
+  // Cleared: what is only read into under a condition would take its registers in all of the
+  // kernel.
+  int4 bits[kRows][kColumns] = {};
 #pragma unroll 1
   for (int at = begin + thread * 16; at < end; at += kColumns * step) {
     float sum[kColumns][kVectorElems<kDType>] = {};
 #pragma unroll 1
     for (int first = 0; first < num_rows; first += kRows) {
-      int4 bits[kRows][kColumns];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         if (first + i >= num_rows) continue;

@@ -212,6 +212,50 @@ TEST(KilledRankIsNamed) {
   CHECK(num_blamed > 0);
 }
 
+/// In the middle of combine, when homes wait for its sums.
+TEST(KilledRankOwesSums) {
+  int num_owed = 0;
+  for (uint64_t seed = 1; seed <= 10; ++seed) {
+    const Context context(Labelled("seed", static_cast<int64_t>(seed)));
+    GroupSettings group = Small(2);
+    group.deadline_s = 20;
+    Ranks ranks(group, seed);
+    Exchange exchange(ranks, seed);
+    std::vector<CombineParams> combine;
+    for (int rank = 0; rank < 2; ++rank) {
+      const PlanParams plan = exchange.Plan(rank);
+      CHECK(LaunchPlan(plan, ranks.stream(rank)).ok());
+      CombineParams& p = combine.emplace_back();
+      p.peers = plan.peers;
+      p.plan = {plan.dest_rank,  plan.dest_row,     plan.num_rows,
+                plan.row_source, plan.arrival_rows, plan.rows_per_source};
+      p.form = CombineForm::kReduce;
+      p.num_tokens = plan.num_tokens;
+      p.top_k = plan.top_k;
+      p.hidden = 64;
+      p.num_chunks = 4;
+      p.y = ranks.Take<char>(rank, plan.capacity * 128);
+      p.sums = ranks.Take<char>(rank, plan.capacity * 128);
+      p.row_scalars = ranks.Take<float>(rank, plan.capacity);
+      p.out = ranks.Take<char>(rank, plan.num_tokens * 128);
+    }
+    CHECK(ranks.machine().Synchronize());
+    for (int rank = 0; rank < 2; ++rank) {
+      CHECK(LaunchCombine(combine[rank], ranks.stream(rank)).ok());
+    }
+    simt::Device& device = ranks.machine().device();
+    device.KillAt(1, device.stats().now_ns + seed * 10'000);
+    if (!ranks.machine().Synchronize()) continue;
+    const ErrorRecord& record = ranks.record(0);
+    if (record.failure == 0) continue;
+    CheckBlamed(ranks, 1);
+    if (record.phase != static_cast<uint32_t>(Phase::kSums)) continue;
+    ++num_owed;
+    CHECK_CONTAINS(Describe(record, group.deadline_s, group.top_k), "for rank 1 to sum its rows");
+  }
+  CHECK(num_owed > 0);
+}
+
 }  // namespace
 }  // namespace testing
 }  // namespace wideep
