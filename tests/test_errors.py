@@ -95,6 +95,7 @@ BAD_ARGUMENTS = [
     (lambda g: plan(g, capacity=jnp.int32(4)), "make_plan: capacity: expected None or a number of rows"),
     (lambda g: plan(g, capacity=2**31), "capacity below 2**31, got 40 and 2147483648; use fewer tokens"),
     (lambda g: plan(g, overflow="spread"), "make_plan: overflow: expected 'drop' or 'error', got 'spread'"),
+    (lambda g: plan(g, overflow="spill"), "make_plan: overflow: expected 'drop' or 'error', got 'spill', which"),
     (lambda g: plan(g.mesh), "make_plan: group: expected a ExpertGroup, got Mesh; make one with"),
     # dispatch
     (lambda g: wep.dispatch(X[0], WEIGHTS, plan(g)), "dispatch: x: expected shape [5, 128], got [128]"),
@@ -158,6 +159,16 @@ BAD_ARGUMENTS = [
     (lambda g: ffn(g, activation="silu"), "moe_ffn: activation: expected one of ('swiglu', 'gelu', 'relu2')"),
     (lambda g: ffn(g, mode="low_latency", capacity=4), "moe_ffn: plan, capacity, expert_chunk: expected None in"),
     (lambda g: ffn(g, implementation="fast"), "grouped_matmul: implementation: expected"),
+    (lambda g: ffn(g, remat="some"), "moe_ffn: remat: expected one of ('none', 'hidden', 'all'), got 'some'"),
+    (lambda g: ffn(g, microbatches=0), "moe_ffn: microbatches: expected a number of at least 1, got 0"),
+    (lambda g: ffn(g, microbatches=3, mode="low_latency"), "moe_ffn: microbatches: expected 1 or 2 in mode"),
+    (lambda g: ffn(g, microbatches=2, plan=plan(g)), "moe_ffn: plan: expected None for microbatches=2"),
+    (lambda g: ffn(g, expert_chunk=0), "moe_ffn: expert_chunk: expected None or at least 1 row, got 0"),
+    (lambda g: ffn(g, overflow="spill", capacity=0), "moe_ffn: capacity: expected None or a number of rows"),
+    (
+        lambda g: ffn(g, overflow="spill", plan=plan(g, capacity=4), capacity=4),
+        "moe_ffn: plan: expected one that drops nothing for overflow='spill', got one of capacity 4",
+    ),
     (lambda g: ffn(g, plan=plan(g, IDX[:4])), "moe_ffn: plan: expected one for 5 tokens, got one for 4"),
     # grouped_matmul
     (lambda g: wep.grouped_matmul(X[0], WI, index(2)), "grouped_matmul: rows: expected [m, n_in]"),
