@@ -171,6 +171,26 @@ TEST(KilledRankIsMasked) {
   CHECK(num_failed > 0);
 }
 
+/// Ranks that give up under a mask tell each other, and not those that are masked.
+TEST(FailureUnderAMask) {
+  GroupSettings group = Small(3);
+  group.deadline_s = 20;
+  Ranks ranks(group, 5);
+  ranks.Mask(0b010);
+  ranks.PoisonMaskedArenas();
+  for (const int rank : {0, 2}) {
+    std::vector<int32_t> topk_idx(8, 3);
+    if (rank == 2) topk_idx[5] = group.num_experts;
+    CHECK(LaunchPlan(TakePlan(ranks, rank, topk_idx), ranks.stream(rank)).ok());
+  }
+  CHECK(ranks.machine().Synchronize());
+  for (const int rank : {0, 2}) {
+    CHECK_EQ(ranks.record(rank).failure, static_cast<uint32_t>(Failure::kIndexRange));
+    CHECK_EQ(ranks.record(rank).reporter, 2);
+  }
+  CHECK(ranks.ArenasUntouched());
+}
+
 /// A masked rank that never heard of its mask runs into its deadline, and nobody else notices.
 TEST(LateMaskedRankStopsNobody) {
   GroupSettings group = Small(3);
