@@ -26,7 +26,7 @@ for name in ${@:-one ranks}; do
     ranks)
       start_mps
       step 300 ranks python3 tests/gpu/launch.py --timeout 290 --xla-flag=$FLAGS 8 jax_wideep.bench trace \
-        --tokens 1024 --experts 64 $SIZES --trace "$LOGS/trace_ranks" --json "$LOGS/trace_ranks.jsonl" ${TRACE:-} ;;
+        --tokens 512 --experts 64 $SIZES --trace "$LOGS/trace_ranks" --json "$LOGS/trace_ranks.jsonl" ${TRACE:-} ;;
     nsys)
       step 300 nsys nsys profile --trace cuda,nvtx --force-overwrite true --output "$LOGS/layer" \
         python3 -m jax_wideep.bench trace --tokens 4096 --experts 32 $SIZES ${TRACE:-} &&
