@@ -1,14 +1,11 @@
 // combine, form reduce, for GPUs of their own: what crosses the link is one sum per token and rank
 // rather than every row.
 //
-//   sums    the expert rank's warps add the rows of each token that lie there, weighted, in order
-//   of
-//           k and in float32, and round the sum to the rows' type. It lies in `sums` at the place
-//           of the first of the rows. Tokens with one row are left alone, and so are this rank's
-//           own.
-//   pull    the home rank's warps read the sums, the rows that are alone at their rank, and the
-//   rows
-//           of their own rank, and add them in order of (rank, k).
+//   sums  the expert rank's warps add the rows of each token that lie there, weighted, in order of
+//         k and in float32, and round the sum to the rows' type. It lies in `sums` at the place of
+//         the first of the rows. Tokens with one row are left alone, and so are this rank's own.
+//   pull  the home rank's warps read the sums, the rows that are alone at their rank, and the rows
+//         of their own rank, and add them in order of (rank, k).
 //
 // Tokens are cut into chunks by their number, the same on all ranks. Each warp goes through
 //   sums of chunk 0, sums of 1, pull of 0, sums of 2, pull of 1, ..
@@ -49,10 +46,10 @@ __device__ inline void FindChunks(const CombineParams& p, const Exchange& exchan
     if (!IsActivePeer(exchange, src)) continue;
     const SourceArrivals arrivals(p.plan, src, p.top_k);
     const int64_t token = TokensOfChannel(p.num_tokens, chunk, p.num_chunks).begin;
-    const int32_t begin =
-        chunk == p.num_chunks
-            ? arrivals.end()
-            : arrivals.LowerBound(static_cast<int32_t>((src * p.num_tokens + token) * p.top_k));
+    const auto source = static_cast<int32_t>((src * p.num_tokens + token) * p.top_k);
+    const int32_t begin = chunk == 0              ? arrivals.begin()
+                          : chunk == p.num_chunks ? arrivals.end()
+                                                  : arrivals.LowerBound(source);
     if (threadIdx.x % 32 == 0) shared.chunk_begins[src][chunk] = begin;
   }
 }
