@@ -91,6 +91,7 @@ def connect(settings: HostSettings) -> HostTransport | None:
             _bootstrap.agree_on_settings(hello)
             return None
         _bootstrap.agree(hello)
+        _agree_on_threads(hello)
     except ValueError:
         meeting.let_all_hear("hello")
         raise
@@ -136,6 +137,17 @@ def connect(settings: HostSettings) -> HostTransport | None:
     return transport
 
 
+def _agree_on_threads(hello: dict[int, dict[str, Any]]) -> None:
+    """XLA compiles for a number of threads, and ranks meet in one program only."""
+    difference = _bootstrap.first_difference({p: {"NPROC": record["threads"]} for p, record in hello.items()})
+    if difference is not None:
+        most = max(record["threads"] for record in hello.values())
+        raise ValueError(
+            "ExpertGroup: expected as many threads of XLA's CPU client in all processes, since it compiles programs "
+            f"for them, got {difference}; set NPROC={most} in the environment of all processes"
+        )
+
+
 def _introduce(module: ModuleType | None, settings: HostSettings) -> dict[str, Any]:
     """What the other processes have to know of this one."""
     own = dataclasses.asdict(dataclasses.replace(settings, devices=np.zeros(0)))
@@ -153,6 +165,7 @@ def _introduce(module: ModuleType | None, settings: HostSettings) -> dict[str, A
         "obstacle": obstacle,
         "host": _bootstrap.host_id(),
         "settings": own,
+        "threads": _ffi.cpu_client_threads(),
         "next_id": module.next_shared_id() if module else 0,
     }
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 HERE = pathlib.Path(__file__).parent
 
@@ -95,10 +96,16 @@ class Job:
 
 
 def run(
-    scratch: pathlib.Path, processes: int, devices: int, script: str, *arguments: str, timeout_s: float = 180
+    scratch: pathlib.Path,
+    processes: int,
+    devices: int,
+    script: str,
+    *arguments: str,
+    timeout_s: float = 180,
+    **more: Any,
 ) -> list[str]:
     """Outputs of a job all of whose processes must end well."""
-    with Job(scratch, processes, devices, script, arguments) as job:
+    with Job(scratch, processes, devices, script, arguments, **more) as job:
         outcomes = job.wait(timeout_s)
     for number, outcome in outcomes.items():
         assert outcome.status == 0, (

@@ -51,11 +51,29 @@ def run(mesh: Mesh) -> dict[str, Any]:
         for name, value in _layer(mesh, group).items():
             results[f"layer {name}"] = value
         jax.block_until_ready(results)
+    # Two groups side by side, each with every other device, so that both span all processes.
+    both = Mesh(mesh.devices.reshape(-1, 2).T, ("replica", "expert"))
+    with wep.ExpertGroup(both, **settings) as group:
+        assert group.backend == "cpu" and group.num_ranks == RANKS // 2
+        for name, value in _side_by_side(group).items():
+            results[f"side by side {name}"] = jax.block_until_ready(value)
     return results
 
 
-def _put(mesh: Mesh, arrays: dict[str, np.ndarray]) -> list[jax.Array]:
-    place = NamedSharding(mesh, SPEC)
+def _side_by_side(group: wep.ExpertGroup) -> dict[str, Any]:
+    spec = PartitionSpec(("replica", "expert"))
+
+    def body(x, weights, topk_idx, _):
+        plan = wep.make_plan(topk_idx, group)
+        rows, row_weights = wep.dispatch(x, weights, plan)
+        return {"out": wep.combine(2 * rows, row_weights, plan), "rows": rows, "dest_row": plan.dest_row}
+
+    run = jax.jit(jax.shard_map(body, mesh=group.mesh, in_specs=spec, out_specs=spec))
+    return run(*_put(group.mesh, draw(3, np.float32), spec))
+
+
+def _put(mesh: Mesh, arrays: dict[str, np.ndarray], spec: PartitionSpec = SPEC) -> list[jax.Array]:
+    place = NamedSharding(mesh, spec)
     flat = [array.reshape(-1, array.shape[-1]) for array in arrays.values()]
     return [jax.make_array_from_callback(a.shape, place, lambda at, a=a: a[at]) for a in flat]
 

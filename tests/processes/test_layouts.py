@@ -49,12 +49,18 @@ def test_one_process():
             np.testing.assert_allclose(out, want, rtol=tolerance, atol=4 * tolerance)
 
 
-@pytest.mark.parametrize("processes", [2, 4, 8])
-def test_layout(processes, tmp_path):
-    jobs.run(tmp_path, processes, suite.RANKS // processes, "suite.py")
+@pytest.mark.parametrize(
+    "devices", [(4, 4), (2, 2, 2, 2), (1,) * 8, (3, 5)], ids=lambda each: f"{len(each)}x{each[0]}"
+)
+def test_layout(devices, tmp_path):
+    def environment(process):
+        # As many threads everywhere, as the group asks for.
+        return {"WIDEEP_DEVICES": str(devices[process]), "NPROC": str(2 * max(devices))}
+
+    jobs.run(tmp_path, len(devices), 0, "suite.py", environment=environment)
     want = one_process()
     seen = {name: set() for name in want}
-    for process in range(processes):
+    for process in range(len(devices)):
         with np.load(tmp_path / f"results{process}.npz") as held:
             for key, got in held.items():
                 name, start = key.rsplit("|", 1)
