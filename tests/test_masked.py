@@ -4,6 +4,8 @@ They are those of the masked ranks' experts, and all of the masked ranks' own to
 """
 
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -298,3 +300,34 @@ def test_needs_an_open_group_of_a_compiled_backend(make_group):
     group.close()
     with pytest.raises(ValueError, match="expected an open group"):
         group.mask_ranks([1])
+
+
+def test_guide():
+    """The code of docs/masked_ranks.md runs, on 8 ranks."""
+    text = (pathlib.Path(__file__).parents[1] / "docs/masked_ranks.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    mesh = jax.make_mesh(
+        (RANKS,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:RANKS]
+    )
+    outs = []
+
+    @functools.cache
+    def compiled(group):
+        def body(x):
+            topk_idx = jnp.tile(jnp.arange(0, 64, 8, dtype=jnp.int32), (x.shape[0], 1))  # one of each rank
+            plan = wep.make_plan(topk_idx, group)
+            rows, row_weights = wep.dispatch(x, jnp.ones(topk_idx.shape, jnp.float32), plan)
+            return wep.combine(rows, row_weights, plan)
+
+        return oracle.on_ranks(group, body)
+
+    def step(x):
+        outs.append(compiled(names["group"])(x))
+        return outs[-1]
+
+    names = {"wep": wep, "jax": jax, "mesh": mesh, "step": step, "x": jnp.ones((RANKS, 1024), jnp.float32)}
+    exec(code, names)
+    before, masked = (np.asarray(out)[:, 0] for out in outs)
+    np.testing.assert_array_equal(before, np.full(8, 8))
+    np.testing.assert_array_equal(masked, [6, 6, 6, 0, 6, 0, 6, 6])
+    assert names["group"].masked_ranks == ()
