@@ -157,7 +157,7 @@ def _introduce(module: ModuleType | None, settings: HostSettings) -> dict[str, A
     obstacle = None
     if module is None:
         obstacle = "the module _wideep_cpu is not built into this installation"
-    elif jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir:
+    elif jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         # JAX fills it from process 0 only, and a program that one process has compiled and another one has loaded
         # is not the same launch to both: their ranks would wait for each other.
         obstacle = "JAX's persistent compilation cache is on (JAX_COMPILATION_CACHE_DIR); unset it"
