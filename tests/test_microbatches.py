@@ -15,6 +15,8 @@ import jax_wideep.flax.linen
 
 RANKS, EXPERTS, TOP_K, HIDDEN, FFN = 4, 8, 3, 16, 8
 SPEC = PartitionSpec("expert")
+# Compiling is most of these tests' time.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def swiglu(h):
@@ -53,7 +55,7 @@ def with_gradients(run):
             *rest,
         )
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICKLY)
 
 
 def dense(x, weights, wi, wo, topk_idx):
@@ -112,7 +114,7 @@ def temporaries(group, **options):
     """
     floats, topk_idx = inputs(32, hidden=64, ffn=96)
     lowered = with_gradients(layer(group, layers=4, **options)).lower(floats, topk_idx)
-    compiled = lowered.compile({"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"})
+    compiled = lowered.compile(QUICKLY | {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"})
     return compiled.memory_analysis().temp_size_in_bytes
 
 

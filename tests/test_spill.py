@@ -21,6 +21,8 @@ from jax_wideep import _rounds
 RANKS, LOCAL, TOP_K, HIDDEN, FFN, TOKENS = 4, 2, 3, 16, 8, 5
 EXPERTS, WORST = RANKS * LOCAL, RANKS * TOKENS * TOP_K
 SPEC = PartitionSpec("expert")
+# Compiling is most of these tests' time.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def swiglu(h):
@@ -60,7 +62,7 @@ def with_gradients(run):
             *rest,
         )
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICKLY)
 
     def traced(floats, topk_idx):
         (_, outputs), gradients = step(floats, topk_idx)
