@@ -197,12 +197,12 @@ def build_id(module: ModuleType) -> str:
         return hashlib.sha256(file.read()).hexdigest()[:16]
 
 
-def agree(records: dict[int, dict[str, Any]]) -> None:
+def agree(records: dict[int, dict[str, Any]], one_host: bool = True) -> None:
     """Compares what the processes say of themselves: "obstacle", "host", "settings".
 
     Raises:
       ValueError: settings differ.
-      UnavailableError: a process has an obstacle, or they are on several hosts.
+      UnavailableError: a process has an obstacle, or, if `one_host`, they are on several hosts.
     """
     if all(record["settings"] for record in records.values()):
         agree_on_settings(records)
@@ -210,7 +210,7 @@ def agree(records: dict[int, dict[str, Any]]) -> None:
         if record["obstacle"] is not None:
             where = f" (process {process})" if len(records) > 1 else ""
             raise UnavailableError(record["obstacle"] + where)
-    if len({record["host"] for record in records.values()}) > 1:
+    if one_host and len({record["host"] for record in records.values()}) > 1:
         raise UnavailableError("the mesh spans several hosts")
 
 

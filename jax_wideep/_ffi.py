@@ -65,6 +65,15 @@ def cuda_module() -> ModuleType | None:
 
 
 @functools.cache
+def nvshmem_module() -> ModuleType | None:
+    """NVSHMEM's memory and relay, or None if they were not built; the library has to be loaded."""
+    try:
+        return importlib.import_module("jax_wideep._wideep_nvshmem")
+    except ModuleNotFoundError:
+        return None
+
+
+@functools.cache
 def gpu_compute_capability() -> str | None:
     """The lowest compute capability of this process's NVIDIA GPUs, such as "9.0"; None without a GPU."""
     try:

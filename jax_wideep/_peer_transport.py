@@ -15,9 +15,10 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jax_wideep import _bootstrap, _ffi
+from jax_wideep import _bootstrap, _ffi, _nvshmem
 
 DispatchForm = Literal["auto", "push", "pull"]
+Transport = Literal["auto", "peer", "nvshmem"]
 CombineForm = Literal["auto", "pull", "push", "reduce"]
 
 _DEFAULT_NUM_SMS = 32
@@ -46,6 +47,8 @@ class PeerSettings:
     zero_copy: str
     dispatch_form: DispatchForm
     combine_form: CombineForm
+    transport: Transport = "auto"
+    node_size: int | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -115,7 +118,8 @@ def connect(settings: PeerSettings) -> PeerTransport:
         if device.process_index == jax.process_index()
     ]
     hello = meeting.all_gather("hello", _introduce(module, settings, places))
-    _bootstrap.agree(hello)
+    nvshmem = settings.transport == "nvshmem"
+    _bootstrap.agree(hello, one_host=not nvshmem)
     assert module is not None  # otherwise an obstacle, above
     gpus = [gpu for record in hello.values() for gpu in record["gpus"]]
     num_sms = choose_num_sms(settings.num_sms, settings.num_ranks, gpus)
@@ -123,9 +127,10 @@ def connect(settings: PeerSettings) -> PeerTransport:
     dispatch_form, combine_form = choose_forms(settings, shares_memory)
 
     spans_processes = len(processes) > 1
+    arena = _join_nvshmem(meeting, hello, settings, places, num_sms) if nvshmem else None
     ranks, error = [], None
     try:
-        ranks = [_allocate(module, settings, place, num_sms, spans_processes) for place in places]
+        ranks = [_allocate(module, settings, place, num_sms, spans_processes, arena) for place in places]
     except RuntimeError as caught:
         error = str(caught)
     memory = meeting.all_gather(
@@ -141,12 +146,18 @@ def connect(settings: PeerSettings) -> PeerTransport:
     _bootstrap.raise_first_error(memory)
 
     try:
-        _map_peers(meeting, places, ranks, memory)
+        if arena is None or arena.relay is None:
+            _map_peers(meeting, places, ranks, memory, arena)
+        else:
+            ranks[0].finish()  # low-latency calls only, which use the arenas alone
     except (RuntimeError, OSError) as caught:
         error = str(caught)
     # Nobody launches before everybody has mapped everything.
     _bootstrap.raise_first_error(meeting.all_gather("ready", {"error": error}))
-    handle = module.open_group(ranks, settings.deadline_s, settings.top_k, settings.zero_copy == "auto")
+    relays = [arena.relay] if arena is not None and arena.relay is not None else []
+    handle = module.open_group(
+        ranks, settings.deadline_s, settings.top_k, settings.zero_copy == "auto", relays
+    )
     return PeerTransport(module, handle, num_sms, dispatch_form, combine_form)
 
 
@@ -220,23 +231,70 @@ def _obstacle(module: ModuleType | None, settings: PeerSettings) -> str | None:
     return None
 
 
+def _sizes(settings: PeerSettings, num_sms: int) -> dict[str, int]:
+    """What gives an arena its size, beside the number of ranks."""
+    return {
+        "num_experts": settings.num_experts,
+        "top_k": settings.top_k,
+        "max_row_bytes": 4 * settings.hidden,
+        "num_sms": num_sms,
+        "chunk": settings.chunk,
+    }
+
+
+def _join_nvshmem(
+    meeting: _bootstrap.Bootstrap,
+    hello: dict[int, dict[str, Any]],
+    settings: PeerSettings,
+    places: Sequence[_Place],
+    num_sms: int,
+) -> _nvshmem.Arena:
+    """This process's arena in NVSHMEM's memory."""
+    obstacle = _nvshmem.obstacle()
+    if obstacle is None and len(places) != 1:
+        obstacle = f"NVSHMEM needs one process for each GPU, got one with {len(places)}"
+    records = meeting.all_gather("nvshmem", {"error": obstacle})
+    _bootstrap.raise_first_error(records)
+    place = places[0]
+    side_by_side = settings.devices[:, place.subgroup]
+    hosts = [hello[device.process_index]["host"] for device in side_by_side]
+    nodes = _nvshmem.node_of_rank(settings.num_ranks, settings.node_size, hosts)
+    _nvshmem.start(meeting, place.device.local_hardware_id, [record["host"] for record in hello.values()])
+    arena, error = None, None
+    try:
+        pes = [meeting.processes.index(device.process_index) for device in side_by_side]
+        arena = _nvshmem.make_arena(
+            place.rank, nodes, pes, place.device.local_hardware_id, _sizes(settings, num_sms)
+        )
+    except RuntimeError as caught:
+        error = str(caught)
+    _bootstrap.raise_first_error(meeting.all_gather("nvshmem arena", {"error": error}))
+    assert arena is not None  # otherwise an error, above
+    return arena
+
+
 def _allocate(
-    module: ModuleType, settings: PeerSettings, place: _Place, num_sms: int, spans_processes: bool
+    module: ModuleType,
+    settings: PeerSettings,
+    place: _Place,
+    num_sms: int,
+    spans_processes: bool,
+    arena: _nvshmem.Arena | None,
 ) -> Any:
     # A live buffer tells which allocation XLA's buffers come from.
     buffer = jax.device_put(np.zeros(1024, np.float32), place.device)
-    return module.make_peer_group(
+    rank = module.make_peer_group(
         device=place.device.local_hardware_id,
         rank=place.rank,
         num_ranks=settings.num_ranks,
-        num_experts=settings.num_experts,
-        top_k=settings.top_k,
-        max_row_bytes=4 * settings.hidden,
-        num_sms=num_sms,
-        chunk=settings.chunk,
+        **_sizes(settings, num_sms),
         spans_processes=spans_processes,
         buffer_addresses=[buffer.unsafe_buffer_pointer()],
+        arena_address=0 if arena is None else arena.address,
     )
+    for peer, address in enumerate(() if arena is None else arena.addresses):
+        rank.set_arena(peer, address)
+    return rank
 
 
 def _map_peers(
@@ -244,8 +302,9 @@ def _map_peers(
     places: Sequence[_Place],
     ranks: Sequence[Any],
     memory: dict[int, dict[str, Any]],
+    arena: _nvshmem.Arena | None,
 ) -> None:
-    """Maps every peer of every rank of this process."""
+    """Maps every peer of every rank of this process; `arena`: another transport has the arenas."""
     received: dict[int, list[int]] = {}
     own = [rank.take_descriptors() for rank in ranks]
     try:
@@ -258,7 +317,7 @@ def _map_peers(
             for process, numbers in received.items():
                 at = 0
                 for peer in memory[process]["ranks"]:
-                    count = 1 + len(peer["regions"])
+                    count = len(peer["regions"]) + (arena is None)
                     if peer["subgroup"] == place.subgroup:
                         regions = [tuple(region) for region in peer["regions"]]
                         rank.map_peer(peer["rank"], tuple(peer["arena"]), regions, numbers[at : at + count])

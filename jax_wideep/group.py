@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jax_wideep import _bootstrap, _ffi, _host_transport, _masking, _peer_transport
-from jax_wideep._peer_transport import CombineForm, DispatchForm
+from jax_wideep._peer_transport import CombineForm, DispatchForm, Transport
 
 # Thirty years; the clock counts nanoseconds in 64 bits.
 _LONGEST_DEADLINE_S = 1e9
@@ -60,6 +60,11 @@ class ExpertGroup:
         "reduce" has them sum first into scratch memory, as large as `y`, from which the home ranks read: the same
         bytes between ranks without the rings, for GPUs of their own. Its rounding is push's; a row that is alone at
         its rank, or at home, is not rounded. "auto" is pull.
+      transport: on the backend "cuda": "peer" has GPUs of one host map each other's memory; "nvshmem" takes NVSHMEM's
+        memory, which reaches other hosts too (one process for each GPU; `pip install nvidia-nvshmem-cu13`, and a build
+        with it). A group over several nodes has low-latency exchanges only, so "auto" is peer.
+      node_size: with NVSHMEM: ranks of a node, consecutive ones, which use each other's memory directly; between
+        nodes rows go by NVSHMEM's puts. None: the ranks of a host. Fewer than those make virtual nodes of a host.
 
     The backend "cuda" needs GPUs of compute capability 9.0 on one host, at most 16 ranks, and peers that reach
     each other's memory. It maps the allocation that JAX's buffers come from, so leave JAX's memory preallocated
@@ -85,6 +90,8 @@ class ExpertGroup:
     zero_copy: ZeroCopy = dataclasses.field(default="auto", kw_only=True)
     dispatch_form: DispatchForm = dataclasses.field(default="auto", kw_only=True)
     combine_form: CombineForm = dataclasses.field(default="auto", kw_only=True)
+    transport: Transport = dataclasses.field(default="auto", kw_only=True)
+    node_size: int | None = dataclasses.field(default=None, kw_only=True)
     _transport: _host_transport.HostTransport | _peer_transport.PeerTransport | _NoTransport = (
         dataclasses.field(init=False, repr=False)
     )
@@ -316,7 +323,7 @@ def _open_transport(group: ExpertGroup) -> tuple[Backend, _Transport]:
     try:
         return backend, _peer_transport.connect(_settings(_peer_transport.PeerSettings, group, devices))
     except _bootstrap.UnavailableError as error:
-        if group.backend == "cuda":
+        if group.backend == "cuda" or group.transport == "nvshmem":
             raise ValueError(
                 f"ExpertGroup: backend: 'cuda' cannot run on this mesh: {error}; use backend='auto' or 'xla'"
             ) from error
@@ -398,9 +405,14 @@ def _check_settings(group: ExpertGroup, mesh: jax.sharding.Mesh, axis: tuple[str
         ("zero_copy", ("auto", "off")),
         ("dispatch_form", ("auto", "push", "pull")),
         ("combine_form", ("auto", "pull", "push", "reduce")),
+        ("transport", ("auto", "peer", "nvshmem")),
     ):
         if getattr(group, name) not in known:
             raise ValueError(f"ExpertGroup: {name}: expected one of {known}, got {getattr(group, name)!r}")
+    if group.node_size is not None and (not isinstance(group.node_size, int) or group.node_size < 1):
+        raise ValueError(
+            f"ExpertGroup: node_size: expected None or an int of at least 1, got {group.node_size!r}"
+        )
 
 
 def _choose_backend(asked: str, mesh: jax.sharding.Mesh) -> Backend:

@@ -14,7 +14,7 @@ import pytest
 from test_bootstrap import MemoryStore, memory_file, read
 
 import jax_wideep as wep
-from jax_wideep import _bootstrap, _ffi, _peer_transport
+from jax_wideep import _bootstrap, _ffi, _nvshmem, _peer_transport
 
 here = threading.local()
 
@@ -64,7 +64,7 @@ class FakeModule:
         self.gpus_of_host = gpus_of_host
         self.regions = regions
         self.mapping_fails_in = mapping_fails_in
-        self.opened, self.closed = {}, []
+        self.opened, self.closed, self.relays = {}, [], {}
 
     def exchange_limits(self):
         return {"num_ranks": 16, "num_experts": 2048, "top_k": 24}
@@ -76,8 +76,9 @@ class FakeModule:
         assert settings["max_row_bytes"] == 4 * 256 and settings["num_sms"] >= 2
         return FakeRank(device, rank, self.regions, spans_processes, here.process == self.mapping_fails_in)
 
-    def open_group(self, ranks, deadline_s, top_k, zero_copy):
+    def open_group(self, ranks, deadline_s, top_k, zero_copy, relays):
         self.opened[here.process] = ranks
+        self.relays[here.process] = relays
         return 1
 
     def close_group(self, handle):
@@ -276,3 +277,74 @@ def test_ops_are_lowered_to_the_handlers_of_cuda(make_group, combine_form, form,
     assert any(
         "tensor<24x272xui8>" in line or "tensor<6x272xui8>" in line for _, line in calls["wideep_dispatch"]
     )
+
+
+class NvshmemRank(FakeRank):
+    """Its arena is another transport's: no descriptor goes with it."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.arenas = {}
+
+    def take_descriptors(self):
+        return [memory_file(f"{self.name}/{i}") for i in range(len(self.regions))]
+
+    def set_arena(self, rank, address):
+        self.arenas[rank] = address
+
+
+class NvshmemModule(FakeModule):
+    def make_peer_group(self, device, rank, spans_processes, arena_address, **settings):
+        assert arena_address == 1000 + rank
+        return NvshmemRank(device, rank, self.regions, spans_processes, False)
+
+
+@pytest.fixture
+def fake_nvshmem(monkeypatch):
+    """Arenas of rank r at 1000 + r; a relay where there are several nodes. What starts, by process."""
+    started = {}
+
+    def make_arena(rank, nodes, pe_of_rank, device, sizes):
+        assert pe_of_rank == [0, 1, 2, 3] and sizes["max_row_bytes"] == 4 * 256
+        relay = f"relay {rank}" if len(set(nodes)) > 1 else None
+        return _nvshmem.Arena(1000 + rank, [1000 + peer for peer in range(len(nodes))], relay)
+
+    monkeypatch.setattr(_nvshmem, "obstacle", lambda: None)
+    monkeypatch.setattr(_nvshmem, "make_arena", make_arena)
+    monkeypatch.setattr(
+        _nvshmem,
+        "start",
+        lambda meeting, device, hosts: started.setdefault(meeting.process, meeting.processes),
+    )
+    return started
+
+
+@pytest.mark.parametrize("node_size", [None, 4, 2, 3, 1])
+def test_nvshmem_has_the_arenas(connect_all, fake_nvshmem, node_size):
+    """On one node peers still map each other's pools; between nodes there are arenas and a relay only."""
+    module = NvshmemModule(gpus_of_host=16)
+    results = connect_all([[0], [1], [2], [3]], module, transport="nvshmem", node_size=node_size)
+    assert all(isinstance(result, _peer_transport.PeerTransport) for result in results.values()), results
+    assert fake_nvshmem == dict.fromkeys(range(4), (0, 1, 2, 3))
+    one_node = node_size in (None, 4)
+    for process, (rank,) in module.opened.items():
+        assert rank.finished and rank.arenas == {peer: 1000 + peer for peer in range(4)}
+        others = [peer for peer in range(4) if peer != process] if one_node else []
+        assert sorted(rank.peers) == others
+        assert all(len(regions) == 1 for regions in rank.peers.values())
+        assert module.relays[process] == ([] if one_node else [f"relay {process}"])
+
+
+def test_nvshmem_needs_a_process_for_each_gpu(connect_all, fake_nvshmem):
+    results = connect_all([[0], [0], [1], [1]], NvshmemModule(gpus_of_host=16), transport="nvshmem")
+    assert all("one process for each GPU, got one with 2" in str(result) for result in results.values()), (
+        results
+    )
+
+
+def test_what_nvshmem_lacks_is_said_by_every_process(connect_all, fake_nvshmem, monkeypatch):
+    monkeypatch.setattr(
+        _nvshmem, "obstacle", lambda: "NVSHMEM 3.4.5 is needed" if here.process == 2 else None
+    )
+    results = connect_all([[0], [1], [2], [3]], NvshmemModule(gpus_of_host=16), transport="nvshmem")
+    assert {str(result) for result in results.values()} == {"process 2: NVSHMEM 3.4.5 is needed"}

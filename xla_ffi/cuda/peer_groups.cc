@@ -34,9 +34,11 @@ PeerGroups& PeerGroups::Global() {
 }
 
 int64_t PeerGroups::Open(const std::vector<std::shared_ptr<PeerGroup>>& ranks,
-                         const PeerSettings& settings) {
+                         const PeerSettings& settings,
+                         const std::vector<std::shared_ptr<Relay>>& relays) {
   Ranks by_device;
-  for (const std::shared_ptr<PeerGroup>& memory : ranks) {
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    const std::shared_ptr<PeerGroup>& memory = ranks[i];
     PeerContext context;
     context.arena = memory->arena();
     context.layout = memory->layout();
@@ -46,8 +48,8 @@ int64_t PeerGroups::Open(const std::vector<std::shared_ptr<PeerGroup>>& ranks,
     context.num_ranks = memory->layout().num_ranks;
     context.num_sms = memory->layout().num_blocks;
     context.zero_copy = settings.zero_copy;
-    by_device[memory->device()] =
-        std::make_shared<const PeerRank>(PeerRank{memory, settings, context});
+    by_device[memory->device()] = std::make_shared<const PeerRank>(
+        PeerRank{memory, settings, context, i < relays.size() ? relays[i] : nullptr});
   }
   const std::lock_guard<std::mutex> lock(mutex_);
   groups_[next_id_] = std::move(by_device);

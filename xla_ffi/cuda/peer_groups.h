@@ -10,6 +10,7 @@
 
 #include "csrc/ep/peer_context.h"
 #include "csrc/transport/peer.h"
+#include "csrc/transport/relay.h"
 
 namespace wideep {
 
@@ -25,6 +26,8 @@ struct PeerRank {
   std::shared_ptr<PeerGroup> memory;
   PeerSettings settings;
   PeerContext context;
+  /// Of a group with ranks that have no address here; such a group has low-latency calls only.
+  std::shared_ptr<Relay> relay;
 
   /// OK, or what made the rank give up.
   Status Check() const;
@@ -35,7 +38,9 @@ class PeerGroups {
   static PeerGroups& Global();
 
   /// Returns the id of the new group. The ids of a process count up from 1.
-  int64_t Open(const std::vector<std::shared_ptr<PeerGroup>>& ranks, const PeerSettings& settings);
+  /// `relays`: of each of `ranks`, or null; empty: none.
+  int64_t Open(const std::vector<std::shared_ptr<PeerGroup>>& ranks, const PeerSettings& settings,
+               const std::vector<std::shared_ptr<Relay>>& relays = {});
   /// Forgets the group and, once its devices are idle, frees its memory. Unknown ids are ignored.
   void Close(int64_t id);
   /// This process's rank on `device`; fails if the group was closed or a rank of it gave up.

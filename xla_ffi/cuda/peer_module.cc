@@ -62,12 +62,14 @@ nb::dict Limits() {
 std::shared_ptr<PeerGroup> MakePeerGroup(int device, int rank, int num_ranks, int num_experts,
                                          int top_k, int64_t max_row_bytes, int num_sms,
                                          int64_t chunk, bool spans_processes,
-                                         const std::vector<uint64_t>& buffer_addresses) {
+                                         const std::vector<uint64_t>& buffer_addresses,
+                                         uint64_t arena_address) {
   PeerGroup::Settings settings;
   settings.device = device;
   settings.rank = rank;
   settings.arena = {num_ranks, num_experts, top_k, max_row_bytes, num_sms, chunk};
   settings.spans_processes = spans_processes;
+  settings.arena_memory = reinterpret_cast<char*>(arena_address);
   std::vector<const void*> pointers;
   for (const uint64_t address : buffer_addresses) {
     pointers.push_back(reinterpret_cast<const void*>(address));
@@ -89,12 +91,16 @@ void MapPeer(PeerGroup& self, int rank, const Range& arena, const std::vector<Ra
 }
 
 int64_t OpenGroup(const std::vector<std::shared_ptr<PeerGroup>>& ranks, double deadline_s,
-                  int top_k, bool zero_copy) {
+                  int top_k, bool zero_copy, const std::vector<nb::capsule>& relay_capsules) {
   PeerSettings settings;
   settings.deadline_s = deadline_s;
   settings.top_k = top_k;
   settings.zero_copy = zero_copy;
-  return PeerGroups::Global().Open(ranks, settings);
+  std::vector<std::shared_ptr<Relay>> relays;
+  for (const nb::capsule& capsule : relay_capsules) {
+    relays.push_back(*static_cast<std::shared_ptr<Relay>*>(capsule.data("wideep_relay")));
+  }
+  return PeerGroups::Global().Open(ranks, settings, relays);
 }
 
 void MaskGroup(int64_t id, const std::vector<int>& ranks) {
@@ -128,16 +134,33 @@ void AddPeerGroups(nb::module_& m) {
           "map_local_peer",
           [](PeerGroup& self, const PeerGroup& peer) { ThrowIf(self.MapPeer(peer.rank(), peer)); },
           nb::arg("peer"), "a rank of this process")
+      .def(
+          "set_arena",
+          [](PeerGroup& self, int rank, uint64_t address) {
+            self.SetArena(rank, reinterpret_cast<char*>(address));
+          },
+          nb::arg("rank"), nb::arg("address"), "where another transport has the arena of a rank")
       .def("finish", [](PeerGroup& self) { ThrowIf(self.Finish()); });
 
   m.def("device_info", DeviceInfo, nb::arg("device"), "uuid, num_sms, compute_capability");
   m.def("exchange_limits", Limits, "most ranks, experts and top_k of a group");
   m.def("make_peer_group", MakePeerGroup, nb::arg("device"), nb::arg("rank"), nb::arg("num_ranks"),
         nb::arg("num_experts"), nb::arg("top_k"), nb::arg("max_row_bytes"), nb::arg("num_sms"),
-        nb::arg("chunk"), nb::arg("spans_processes"), nb::arg("buffer_addresses"), without_gil,
-        "allocates one rank's part of a group");
+        nb::arg("chunk"), nb::arg("spans_processes"), nb::arg("buffer_addresses"),
+        nb::arg("arena_address") = 0, without_gil,
+        "allocates one rank's part of a group; arena_address: zeroed memory of another transport");
+  m.def(
+      "arena_bytes",
+      [](int num_ranks, int num_experts, int top_k, int64_t max_row_bytes, int num_sms,
+         int64_t chunk) {
+        return ArenaLayout({num_ranks, num_experts, top_k, max_row_bytes, num_sms, chunk})
+            .num_bytes;
+      },
+      nb::arg("num_ranks"), nb::arg("num_experts"), nb::arg("top_k"), nb::arg("max_row_bytes"),
+      nb::arg("num_sms"), nb::arg("chunk"), "what make_peer_group's arena takes");
   m.def("open_group", OpenGroup, nb::arg("ranks"), nb::arg("deadline_s"), nb::arg("top_k"),
-        nb::arg("zero_copy"), "lets the handlers find the ranks; returns the group's id");
+        nb::arg("zero_copy"), nb::arg("relays") = nb::list(),
+        "lets the handlers find the ranks; returns the group's id");
   m.def(
       "close_group", [](int64_t id) { PeerGroups::Global().Close(id); }, nb::arg("id"),
       without_gil);

@@ -17,6 +17,13 @@ ffi::Error PlanImpl(cudaStream_t stream, int32_t device, int64_t group, int64_t 
   std::shared_ptr<const PeerRank> rank;
   Status status = PeerGroups::Global().Find(kOp, group, device, rank);
   if (!status.ok()) return ToFfiError(status);
+  if (rank->relay != nullptr) {
+    return ffi::Error(
+        ffi::ErrorCode::kUnimplemented,
+        std::string(kOp) +
+            ": the ExpertGroup spans nodes, where only low-latency exchanges run; use "
+            "ll_dispatch and ll_combine (mode=\"low_latency\"), or backend=\"xla\"");
+  }
   PlanParams p;
   p.peers = rank->context;
   p.num_tokens = topk_idx.dimensions()[0];
