@@ -2,10 +2,12 @@
 
 import threading
 import time
+import types
 
+import numpy as np
 import pytest
 
-from jax_wideep import _masking
+from jax_wideep import _masking, _peer_transport
 
 
 class Store:
@@ -132,3 +134,16 @@ def test_without_a_coordination_service():
         _masking.change_together(Transport(), [], [0, 1], 0, LostStore(), 5.0)
     with pytest.raises(RuntimeError, match="initialize was not called"):
         _masking.change_together(Transport(), [], [0, 1], 0, None, 5.0)
+
+
+def test_gpus_are_idle_before_their_memory_is_reset():
+    """In one process, which has nobody to meet."""
+    calls = []
+    module = types.SimpleNamespace(
+        wait_for_group=lambda handle: calls.append(("wait", handle)),
+        mask_group=lambda handle, ranks: calls.append(("mask", handle, ranks)),
+    )
+    transport = _peer_transport.PeerTransport(module, 7, 16, "push", "pull")
+    device = types.SimpleNamespace(process_index=0)
+    _masking.change(transport, np.array([[device]] * 4), (1, 3), 1.0)
+    assert calls == [("wait", 7), ("mask", 7, [1, 3])]
