@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import tyro
+from flax import nnx
 from lm import metrics, throughput, training
 from lm.checkpoint import Checkpoints
 from lm.progress import TrainingProgress
@@ -121,15 +122,13 @@ def train(options: Options) -> Run:
     record_of = StepRecords(options, model, schedule)
 
     with contextlib.ExitStack() as stack:
+        # Around the checkpoints, whose end waits for the last save: that is not cut in two either.
+        stop = stack.enter_context(StopRequest(model.group.mesh))
         step, checkpoints = 0, None
         settings = {"model": dataclasses.asdict(options.model), "seed": options.seed}
         if options.run is not None:
             checkpoints = stack.enter_context(Checkpoints(options.run / "checkpoint", fresh=options.fresh))
-            if checkpoints.step() is not None:
-                checkpoints.check_settings(settings)
-                step = checkpoints.step()
-                checkpoints.restore(model, optimizer)
-                console.print(f"Going on from step {step}, found in {checkpoints.folder}")
+            step = _go_on(checkpoints, settings, model, optimizer)
         if step >= options.steps:
             console.print(f"All {options.steps} steps are done already; --fresh trains anew")
             return Run(model, corpus, stopped_by=0)
@@ -147,7 +146,6 @@ def train(options: Options) -> Run:
             )
 
         weights = training.LossWeights()
-        stop = stack.enter_context(StopRequest(model.group.mesh))
         progress = stack.enter_context(TrainingProgress(console, options.steps, step))
         stopped_by, tokens = 0, tokens_of(step)
         while step < options.steps and not stopped_by:
@@ -184,12 +182,24 @@ def train(options: Options) -> Run:
     return Run(model, corpus, stopped_by=0)
 
 
+def _go_on(
+    checkpoints: Checkpoints, settings: dict[str, Any], model: Transformer, optimizer: nnx.Optimizer
+) -> int:
+    """Fills the model and the optimiser from the newest checkpoint; returns its steps, 0 if there is none."""
+    step = checkpoints.step()
+    if step is None:
+        return 0
+    checkpoints.check_settings(settings)
+    checkpoints.restore(model, optimizer)
+    console.print(f"Going on from step {step}, found in {checkpoints.folder}")
+    return step
+
+
 class StepRecords:
     """Makes a step's record, as metrics.py describes it."""
 
     def __init__(self, options: Options, model: Transformer, schedule: Any):
         self._schedule = schedule
-        self._num_ranks = model.group.num_ranks
         self._tokens = options.batch * options.seq
         self._flops = self._tokens * throughput.flops_per_token(model.config, options.seq)
         device = model.group.mesh.devices.flat[0]

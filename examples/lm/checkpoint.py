@@ -32,7 +32,9 @@ class Checkpoints:
                 shutil.rmtree(self.folder, ignore_errors=True)
             multihost_utils.sync_global_devices("removed checkpoints")
         self._manager = ocp.CheckpointManager(
-            self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2)
+            self.folder,
+            # What a killed run left half written goes.
+            options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True),
         )
 
     def __enter__(self) -> Checkpoints:
@@ -55,8 +57,6 @@ class Checkpoints:
         Returns as soon as the arrays are copied to the host, and writes while training goes on. A checkpoint counts
         once it is written whole. Waits for the save before.
         """
-        if self.step() == step:
-            return
         args = ocp.args.Composite(
             model=ocp.args.StandardSave(_pure(model)),
             optimizer=ocp.args.StandardSave(_pure(optimizer)),
