@@ -46,6 +46,7 @@ class RelayBlock {
         net_(p.net),
         low_(p.layout.low_latency),
         epoch_(p.call.ticket != nullptr ? *p.call.ticket : 0),
+        masked_(reinterpret_cast<const wideep::Control*>(p.arena)->masked),
         lane_(threadIdx.x % 32),
         warp_(static_cast<int>(blockIdx.x * kRelayWarps + threadIdx.x / 32)),
         num_warps_(static_cast<int>(gridDim.x * kRelayWarps)),
@@ -58,7 +59,7 @@ class RelayBlock {
     for (int i = thread_; i < 5 * p_.num_ranks; i += num_threads_) {
       const int peer = i / 5;
       const int word = i % 5;
-      if (p_.mirrors[peer] == nullptr) continue;
+      if (!Reaches(peer)) continue;
       if (word < 4) {
         net_.Put32(peer, low_.Done(word, p_.num_ranks) + int64_t{p_.rank} * 4,
                    control->ll_received[word]);
@@ -75,7 +76,7 @@ class RelayBlock {
     for (int i = thread_; i < words * p_.num_ranks; i += num_threads_) {
       const int peer = i / words;
       const int word = i % words;
-      if (p_.mirrors[peer] == nullptr) continue;
+      if (!Reaches(peer)) continue;
       const int64_t offset =
           buffer + (word < local_experts
                         ? low_.expert_counts + (int64_t{word} * p_.num_ranks + p_.rank) * 8
@@ -88,7 +89,7 @@ class RelayBlock {
     for (int item = warp_; item < chunk * p_.num_ranks; item += num_warps_) {
       const int peer = item % p_.num_ranks;
       const int place = item / p_.num_ranks;
-      if (p_.mirrors[peer] == nullptr) continue;
+      if (!Reaches(peer)) continue;
       const uint64_t count =
           *Mirror<uint64_t>(peer, buffer + low_.token_counts + int64_t{p_.rank} * 8);
       if (!CountWord::IsOf(count, epoch_) ||
@@ -121,7 +122,7 @@ class RelayBlock {
       // Of another call, which combine reports.
       if (source < 0 || source >= p_.num_ranks * selections) continue;
       const int home = source / selections;
-      if (p_.mirrors[home] == nullptr) continue;
+      if (!Reaches(home)) continue;
       const int64_t selection = source % selections;
       SendFrom(home, buffer + low_.home_rows + selection * low_.row_stride, p_.call.row_bytes);
       __syncwarp();
@@ -141,7 +142,7 @@ class RelayBlock {
     for (int item = warp_; item < chunk * p_.num_ranks; item += num_warps_) {
       const int src = item % p_.num_ranks;
       const int place = item / p_.num_ranks;
-      if (p_.mirrors[src] == nullptr) continue;
+      if (!Reaches(src)) continue;
       const uint64_t count =
           ptx::ld_relaxed_sys_u64(Own<uint64_t>(buffer + low_.token_counts + int64_t{src} * 8));
       if (!CountWord::IsOf(count, epoch_) ||
@@ -165,6 +166,10 @@ class RelayBlock {
   }
 
  private:
+  /// Whether the relay is the way to a rank. What a masked one's mirror holds is old.
+  __device__ bool Reaches(int peer) const {
+    return p_.mirrors[peer] != nullptr && (masked_ >> peer & 1) == 0;
+  }
   template <typename T>
   __device__ const T* Mirror(int peer, int64_t offset) const {
     return reinterpret_cast<const T*>(p_.mirrors[peer] + offset);
@@ -181,6 +186,7 @@ class RelayBlock {
   const Net& net_;
   const LowLatencyLayout& low_;
   const uint32_t epoch_;
+  const uint32_t masked_;
   const int lane_;
   const int warp_;
   const int num_warps_;

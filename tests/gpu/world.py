@@ -1,11 +1,13 @@
 """The ranks of a job that launch.py runs, one for each process; or, without it, ranks on devices of this process.
 
 python tests/gpu/launch.py 8 script.py            eight GPU ranks
+WIDEEP_GROUP='{"transport": "nvshmem"}' ..         settings of all groups, unless the script has its own
 WIDEEP_CPU_RANKS=8 python script.py                eight CPU ranks in one process, to try the script itself
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,7 +49,8 @@ class World:
         self._barriers = 0
 
     def group(self, **settings: Any) -> wep.ExpertGroup:
-        return wep.ExpertGroup(self.mesh, axis=AXIS, **{"backend": self.backend, **settings})
+        asked = json.loads(os.environ.get("WIDEEP_GROUP", "{}"))
+        return wep.ExpertGroup(self.mesh, axis=AXIS, **{"backend": self.backend, **asked, **settings})
 
     def put(self, array: np.ndarray) -> jax.Array:
         """[ranks, n, ..] -> a global array [ranks * n, ..]; no collective is involved."""

@@ -96,7 +96,13 @@ void RunVirtualNodes(const GroupSettings& group, int node_size, uint64_t seed) {
     }
   }
   if (!RunOverlappedHalves(ranks, c, 3, random)) return;
-  RunDispatchHalvesAlone(ranks, c, 3, random);
+  if (!RunDispatchHalvesAlone(ranks, c, 3, random)) return;
+  // A rank is left out, of which the mirrors still hold something, and taken back.
+  for (const uint32_t masked : {2u, 0u}) {
+    c.masked = masked;
+    c.masked_run = masked == 0;
+    if (!RunLowLatencyCase(ranks, c, random)) return;
+  }
 }
 
 }  // namespace testing
