@@ -198,7 +198,7 @@ class ExpertGroup:
         Raises:
           ValueError: no such rank, no rank left, the backend "xla" (whose collectives wait for every rank), a closed
             group, or different ranks on different processes.
-          RuntimeError: a process did not come; nothing has changed then.
+          RuntimeError: a process did not come, or the group's GPUs are on several nodes; nothing has changed then.
         """
         masked = tuple(sorted(set(ranks)))
         if self.closed:

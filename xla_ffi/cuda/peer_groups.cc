@@ -103,8 +103,16 @@ Status PeerGroups::Check(int64_t id) {
   return Status();
 }
 
-void PeerGroups::Wait(int64_t id) {
-  for (const auto& [device, rank] : RanksOf(id)) rank->memory->WaitForDevice();
+Status PeerGroups::WaitToMask(int64_t id) {
+  const Ranks ranks = RanksOf(id);
+  for (const auto& [device, rank] : ranks) {
+    if (rank->relay == nullptr) continue;
+    return Status::FailedPrecondition(
+        "mask_ranks: expected a group whose ranks reach each other's memory, got one over several "
+        "nodes; close it and make a new one over the ranks that are left");
+  }
+  for (const auto& [device, rank] : ranks) rank->memory->WaitForDevice();
+  return Status();
 }
 
 Status PeerGroups::Mask(int64_t id, uint32_t masked) {

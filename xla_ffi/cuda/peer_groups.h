@@ -47,8 +47,9 @@ class PeerGroups {
   Status Find(const char* op, int64_t id, int32_t device, std::shared_ptr<const PeerRank>& rank);
   /// The same for all devices: OK, or what made one give up.
   Status Check(int64_t id);
-  /// Until no kernel of this process uses the group's devices.
-  void Wait(int64_t id);
+  /// Until no kernel of this process uses the group's devices, so that Mask may follow. Fails for a
+  /// group with relays: what lies in a relay's mirrors of its peers' arenas is not reset.
+  Status WaitToMask(int64_t id);
   /// Masks the ranks whose bit is set, in all groups side by side; see PeerGroup::Reset.
   Status Mask(int64_t id, uint32_t masked);
 

@@ -165,8 +165,8 @@ void AddPeerGroups(nb::module_& m) {
       "close_group", [](int64_t id) { PeerGroups::Global().Close(id); }, nb::arg("id"),
       without_gil);
   m.def(
-      "wait_for_group", [](int64_t id) { PeerGroups::Global().Wait(id); }, nb::arg("id"),
-      without_gil, "until this process's devices are idle");
+      "wait_for_group", [](int64_t id) { ThrowIf(PeerGroups::Global().WaitToMask(id)); },
+      nb::arg("id"), without_gil, "until this process's devices are idle");
   m.def("mask_group", MaskGroup, nb::arg("id"), nb::arg("ranks"), without_gil,
         "leaves these ranks out, takes the others back, and forgets errors; every process that "
         "takes part has waited for the group, and launches nothing until all have returned");
