@@ -15,8 +15,7 @@ using Sums = std::optional<ffi::Result<ffi::AnyBuffer>>;
 /// What both take: rows at their experts with a scalar each, the tokens' outputs, and scratch.
 Status ReadCombine(const char* op, int64_t group, int32_t device, int32_t form,
                    const PlanOperands& plan, const ffi::AnyBuffer& rows,
-                   const F32Vector& row_scalars, ffi::AnyBuffer& out, Sums sums,
-                   CombineParams& p) {
+                   const F32Vector& row_scalars, ffi::AnyBuffer& out, Sums sums, CombineParams& p) {
   const std::optional<DType> dtype = RowDType(rows.element_type());
   if (!dtype || rows.dimensions().size() != 2 || out.element_type() != rows.element_type()) {
     return Status::InvalidArgument(std::string(op) +
