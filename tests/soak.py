@@ -2,6 +2,8 @@
 
     python tests/soak.py --exchanges 10000
 
+    python -m jax_wideep.launch --processes 4 tests/soak.py --ranks 2
+
 Two groups of ranks take turns on the same devices, several launches in flight; every step plans, dispatches and
 combines, sends and combines in the low-latency shape, and sums over the ranks with XLA's own collective, with a
 random amount of other work on each rank between. Every output is compared with what it must be.
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 import jax_wideep as wep
+from jax_wideep import launch
 
 EXCHANGES_PER_STEP = 5  # plan, dispatch, combine, ll_dispatch, ll_combine
 STEPS_PER_LAUNCH = 10
@@ -94,11 +97,13 @@ def soak(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--exchanges", type=int, default=10_000)
-    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--ranks", type=int, default=8, help="of each process, where the job has several")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     wep.use_cpu_devices(args.ranks)
-    mesh = jax.make_mesh((args.ranks,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    launch.initialize()
+    ranks = jax.device_count()
+    mesh = jax.make_mesh((ranks,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
     start = time.monotonic()
 
     def report(done: int, error: float) -> None:
@@ -107,7 +112,7 @@ def main() -> None:
             f"\r{done} of {args.exchanges} exchanges, {seconds:.0f} s, error {error:.1e}", end="", flush=True
         )
 
-    sizes = {"num_experts": 2 * args.ranks, "hidden": 32, "chunk": TOKENS}
+    sizes = {"num_experts": 2 * ranks, "hidden": 32, "chunk": TOKENS}
     with wep.ExpertGroup(mesh, top_k=2, **sizes) as first, wep.ExpertGroup(mesh, top_k=1, **sizes) as second:
         error = soak([first, second], args.exchanges, seed=args.seed, report=report)
     print()

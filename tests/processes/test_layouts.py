@@ -75,3 +75,8 @@ def test_layout(devices, tmp_path):
                         got, expected.view(np.uint8) if expected.dtype == jnp.bfloat16 else expected, key
                     )
     assert seen == {name: set(parts) for name, parts in want.items()}
+
+
+def test_soak(tmp_path):
+    """Loops, launches in flight, independent exchanges, two groups, and JAX's own collectives between."""
+    jobs.run(tmp_path, 2, 0, "../soak.py", "--ranks", "2", "--exchanges", "500")
