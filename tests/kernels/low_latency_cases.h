@@ -335,12 +335,15 @@ template <typename Machine>
 bool RunLowLatencyCase(VirtualRanks<Machine>& ranks, const LowLatencyCase& c, Random& random) {
   ranks.ReleaseAll();
   if (ranks.masked() != c.masked) ranks.Mask(c.masked);
+  const bool poison = c.masked != 0 && !c.masked_run;
+  if (poison) ranks.PoisonMaskedArenas();
   LowLatencyRun<Machine> run(ranks, c, random);
   run.Dispatch();
   run.Combine();
   run.CombineGrad();
   const check::Context context(Describe(ranks.settings(), c));
   if (!ranks.machine().Synchronize()) return false;
+  if (poison) CHECK(ranks.ArenasUntouched());
   return run.Check();
 }
 
