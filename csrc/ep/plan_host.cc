@@ -115,6 +115,7 @@ Status MakePlan(const PlanShape& shape, const std::vector<PlanBuffers>& ranks) {
         if (Here(rank)) rank.dest_row[s] = -1;
         continue;
       }
+      if (!Here(rank) && !Here(ranks[dst])) continue;
       const int32_t row = next_row[src][rank.topk_idx[s]]++;
       if (Here(rank)) rank.dest_row[s] = row;
       if (!Here(ranks[dst])) continue;
