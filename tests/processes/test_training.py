@@ -83,9 +83,10 @@ def losses(run):
     return [record["loss"] for record in steps]
 
 
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
+@pytest.fixture
+def options(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
     for i in range(60):
         (folder / f"file{i}.txt").write_text(f"the quick brown fox {i:02d} jumps over the lazy dog. " * 100)
     sizes = ["--layers", 1, "--hidden", 32, "--heads", 2, "--ffn", 32, "--experts", 8]
@@ -93,63 +94,42 @@ def options(tmp_path_factory):
     return [*sizes, *steps, "--checkpoint-every", CHECKPOINT_EVERY, "--data", folder, "--pattern", "*.txt"]
 
 
-@pytest.fixture(scope="module")
-def one_process(options, tmp_path_factory):
-    run = tmp_path_factory.mktemp("one_process")
-    train(1, 8, *options, "--run", run)
-    return losses(run)
-
-
-@pytest.fixture(scope="module")
-def two_processes(options, tmp_path_factory):
-    run = tmp_path_factory.mktemp("two_processes")
-    output = train(2, 4, *options, "--run", run)
-    assert "[0] 8 cpu devices" in output and "2 processes" in output
-    assert f"[0] step {STEPS}/{STEPS}" in output and "[1] step" not in output  # process 0 speaks for all
-    return losses(run)
-
-
-@pytest.fixture(scope="module")
-def killed_run(options, tmp_path_factory):
-    """The folder of a run whose process 1 was killed, and what the launcher printed."""
-    folder = tmp_path_factory.mktemp("killed")
-    program = folder / "killed.py"
+def check_killed_run(run, options, want):
+    """A run whose process 1 is killed: the launcher says so, and until then it has the same bits."""
+    program = run.with_suffix(".py")
     program.write_text(KILLED_PROGRAM)
-    done = launch(2, 4, program, *options, "--run", folder / "run")
+    done = launch(2, 4, program, *options, "--run", run)
     assert done.returncode == 128 + signal.SIGKILL, done.stdout
-    return folder / "run", done.stdout
-
-
-def test_losses_are_equal_across_layouts(one_process, two_processes):
-    assert len(one_process) == len(two_processes) == STEPS
-    assert two_processes[-1] < two_processes[0] - 0.3  # it learns
-    np.testing.assert_allclose(two_processes, one_process, rtol=1e-5)
-
-
-def test_killed_process_is_reported_and_a_repeat_has_the_same_bits(killed_run, two_processes):
-    run, output = killed_run
-    assert "[launch] first failure: process 1 of 2 was ended by SIGKILL" in output
+    assert "[launch] first failure: process 1 of 2 was ended by SIGKILL" in done.stdout
     before = losses(run)
     assert CHECKPOINT_EVERY < len(before) < KILLED_AT
-    assert before == two_processes[: len(before)]
+    assert before == want[: len(before)]
 
 
-def test_restart_after_a_failure_has_the_same_bits(killed_run, options, two_processes, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(killed_run[0], run)
-    output = train(2, 4, *options, "--run", run)
+# One test, since each run is compared with the same one, and takes long.
+def test_layouts_and_restarts_have_the_same_losses(options, tmp_path):
+    output = train(2, 4, *options, "--run", tmp_path / "two")
+    assert "[0] 8 cpu devices" in output and "2 processes" in output
+    assert f"[0] step {STEPS}/{STEPS}" in output and "[1] step" not in output  # process 0 speaks for all
+    want = losses(tmp_path / "two")
+    assert len(want) == STEPS and want[-1] < want[0] - 0.3  # it learns
+
+    train(1, 8, *options, "--run", tmp_path / "one")
+    np.testing.assert_allclose(losses(tmp_path / "one"), want, rtol=1e-5)
+
+    killed, copy = tmp_path / "killed", tmp_path / "killed_copy"
+    check_killed_run(killed, options, want)
+    shutil.copytree(killed, copy)
+
+    output = train(2, 4, *options, "--run", killed)
     assert f"Going on from step {CHECKPOINT_EVERY}," in output
-    assert losses(run) == two_processes
+    assert losses(killed) == want
 
-
-def test_restart_on_another_number_of_processes(killed_run, options, two_processes, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(killed_run[0], run)
-    output = train(4, 2, *options, "--run", run)
+    output = train(4, 2, *options, "--run", copy)
     assert f"Going on from step {CHECKPOINT_EVERY}," in output and "4 processes" in output
-    assert losses(run)[:CHECKPOINT_EVERY] == two_processes[:CHECKPOINT_EVERY]
-    np.testing.assert_allclose(losses(run), two_processes, rtol=1e-5)
-    settings = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["run"]
+    assert losses(copy)[:CHECKPOINT_EVERY] == want[:CHECKPOINT_EVERY]
+    np.testing.assert_allclose(losses(copy), want, rtol=1e-5)
+    settings = json.loads((copy / "metrics.jsonl").read_text().splitlines()[0])["run"]
     assert settings["processes"] == 4 and settings["ranks"] == 8
 
 
