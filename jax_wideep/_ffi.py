@@ -32,6 +32,7 @@ _JAXLIB_WITHOUT_THREAD_LIMIT = (0, 12)
 
 # Recorded after each compilation, also where it was a load from JAX's cache.
 _COMPILED = "/jax/core/compile/backend_compile_duration"
+_num_compilations = 0  # that were heard of
 
 # ---- the compiled modules ----
 
@@ -46,10 +47,24 @@ def cpu_module() -> ModuleType | None:
     jax.ffi.register_ffi_type("wideep_op_instance", module.op_instance_type(), platform="cpu")
     for target, handler in module.handlers().items():
         jax.ffi.register_ffi_target(target, handler, platform="cpu")
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: module.executable_done() if event == _COMPILED else None
-    )
+
+    def count(event: str, *_: Any, **__: Any) -> None:
+        global _num_compilations
+        if event == _COMPILED:
+            _num_compilations += 1
+            module.executable_done()
+
+    jax.monitoring.register_event_duration_secs_listener(count)
     return module
+
+
+@functools.cache
+def compilations_are_counted() -> bool:
+    """Whether this JAX still records _COMPILED: where executables begin could not be told without."""
+    before = _num_compilations
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        jax.jit(lambda x: x + 1).lower(np.float32(0)).compile()
+    return cpu_module() is not None and _num_compilations > before
 
 
 @functools.cache

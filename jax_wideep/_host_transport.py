@@ -161,6 +161,8 @@ def _introduce(module: ModuleType | None, settings: HostSettings) -> dict[str, A
         # JAX fills it from process 0 only, and a program that one process has compiled and another one has loaded
         # is not the same launch to both: their ranks would wait for each other.
         obstacle = "JAX's persistent compilation cache is on (JAX_COMPILATION_CACHE_DIR); unset it"
+    elif not _ffi.compilations_are_counted():
+        obstacle = "this version of JAX does not say when it has compiled a program"
     return {
         "obstacle": obstacle,
         "host": _bootstrap.host_id(),
