@@ -12,7 +12,8 @@ of the other microbatch:
     exchange   s0 s1 r0        s0' r1        s1' r0' r1'
     compute             E0            E1
 
-Exchanges are ordered by data dependence, the same way on every rank, and the backward pass by its transposed form.
+Optimization barriers ask XLA for this order, and for the reverse of it in the backward pass. Whatever it makes of them is
+the same on every rank, since all run one program.
 """
 
 from __future__ import annotations
