@@ -12,8 +12,8 @@ of the other microbatch:
     exchange   s0 s1 r0        s0' r1        s1' r0' r1'
     compute             E0            E1
 
-Optimization barriers ask XLA for this order, and for the reverse of it in the backward pass. Whatever it makes of them is
-the same on every rank, since all run one program.
+Optimization barriers ask XLA for this order, and for the reverse of it in the backward pass. Whatever it makes of them
+is the same on every rank, since all run one program.
 """
 
 from __future__ import annotations
