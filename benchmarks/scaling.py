@@ -1,11 +1,12 @@
 """Predicts exchanges over many nodes: checks the model against published figures, draws routing and finds the slowest
 link, and writes the tables and the plot of docs/scaling.md.
 
-    python benchmarks/scaling.py [--ranks 64 256 1024] [--draw-ranks 64 256] [--zipf 0.6] [--out docs/img/scaling.png]
+    python benchmarks/scaling.py [--ranks 16 64 256 1024] [--draw-ranks 16 64] [--zipf 0.6] [--out docs/img/scaling.png]
         [--page docs/scaling.md]
 
 Without --page the tables are printed. In a page, a table replaces what is between its marks, <!-- table NAME --> and
-<!-- end -->. Drawing takes a second for every 64 ranks of 4096 tokens and 256 experts.
+<!-- end -->. Drawing takes ten seconds for every 64 ranks of 4096 tokens and 256
+experts, many minutes for 1024 ranks and experts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Compiles the CUDA module with nvcc and checks what came out; no GPU needed. Where there is no nvcc it says so and
-# succeeds.
+# succeeds. Where PYTHON has nvidia-nvshmem-cu13, or WIDEEP_NVSHMEM_HOME has its include and lib, the module
+# _wideep_nvshmem too.
 #
 #   tools/check_cuda.sh [build folder]       PYTHON: the interpreter to build for (python3)
 #
@@ -39,3 +40,20 @@ if [ -n "$unexpected" ]; then fail "$module needs $unexpected"; fi
 PYTHONPATH=$BUILD_DIR "$PYTHON" -c "import _wideep_cuda; print(sorted(_wideep_cuda.handlers()))" ||
   fail "the module does not import without a driver"
 echo "check_cuda: $module, $seconds s"
+
+nvshmem=${WIDEEP_NVSHMEM_HOME:-$("$PYTHON" -c 'import nvidia.nvshmem as m; print(list(m.__path__)[0])' 2>/dev/null)}
+if [ -z "$nvshmem" ]; then
+  echo "check_cuda: no nvidia-nvshmem-cu13 here, _wideep_nvshmem not checked"
+  exit 0
+fi
+{
+  cmake -S . -B "$BUILD_DIR" -DWIDEEP_NVSHMEM=ON -DWIDEEP_NVSHMEM_HOME="$nvshmem" &&
+    timeout $LIMIT_S cmake --build "$BUILD_DIR" --parallel 2 --target _wideep_nvshmem
+} >"$log" 2>&1 || { tail -n 30 "$log"; fail "the build of _wideep_nvshmem failed"; }
+module=$(ls "$BUILD_DIR"/_wideep_nvshmem*.so) || fail "no module _wideep_nvshmem in $BUILD_DIR"
+PYTHONPATH=$BUILD_DIR "$PYTHON" -c "
+import ctypes
+ctypes.CDLL('$nvshmem/lib/libnvshmem_host.so.3', mode=ctypes.RTLD_GLOBAL)
+import _wideep_nvshmem
+print('NVSHMEM', _wideep_nvshmem.version())" || fail "$module does not import without a GPU"
+echo "check_cuda: $module"

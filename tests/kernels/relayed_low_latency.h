@@ -9,7 +9,7 @@
 namespace wideep {
 namespace testing {
 
-/// Puts are stores of the calling threads.
+/// Puts are stores of the calling threads; only Fence orders them.
 struct CopyNet {
   char* arenas[kMaxRanks];
 
@@ -21,10 +21,10 @@ struct CopyNet {
   }
   __device__ void Fence() const { ptx::fence_acq_rel_sys(); }
   __device__ void Put32(int rank, int64_t offset, uint32_t v) const {
-    ptx::st_release_sys_u32(reinterpret_cast<uint32_t*>(arenas[rank] + offset), v);
+    ptx::st_relaxed_sys_u32(reinterpret_cast<uint32_t*>(arenas[rank] + offset), v);
   }
   __device__ void Put64(int rank, int64_t offset, uint64_t v) const {
-    ptx::st_release_sys_u64(reinterpret_cast<uint64_t*>(arenas[rank] + offset), v);
+    ptx::st_relaxed_sys_u64(reinterpret_cast<uint64_t*>(arenas[rank] + offset), v);
   }
 };
 
