@@ -283,7 +283,7 @@ def test_padding_may_hold_anything(group, flavour):
 
 @pytest.mark.parametrize("settings", [{"capacity": 4}, {"capacity_factor": 0.5}])
 def test_capacity_drops_and_counts(group, settings):
-    layer = build("nnx", group, **settings)
+    layer = build("nnx", group, overflow="drop", **settings)
     x = draw((8, 4, HIDDEN))
     out, stats = jax.jit(functools.partial(layer.apply, return_stats=True))(layer.params, x)
     # Each rank hosts two experts and takes 4 rows: of 8 * 4 * 2 selections, in order of rank and token.
