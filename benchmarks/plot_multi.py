@@ -138,7 +138,7 @@ def draw(records: list[Record], out: pathlib.Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 4, figsize=(19, 4.5))
+    figure, axes = pyplot.subplots(1, 4, figsize=(18, 4.2), layout="constrained", width_ratios=(1, 1, 1, 0.9))
     link, exchange, latency, whole = axes
     for way in dict.fromkeys(r["way"] for r in of_kind(records, "peer_copy")):
         points = [r for r in of_kind(records, "peer_copy") if r["way"] == way and r["pattern"] == "next"]
@@ -173,20 +173,19 @@ def draw(records: list[Record], out: pathlib.Path) -> None:
     latency.set(title="low latency, captured", xlabel="tokens a rank", ylabel="microseconds")
     latency.set_xscale("log", base=2)
     latency.set_yscale("log", base=2)
-    bars = {
-        f"{r['file'].removeprefix('baselines_')}: {r['implementation']}": r["median_ms"]
-        for r in of_kind(records, "exchange")
-        if r["op"] == "plan + dispatch + combine"
-    }
+    for axis in (latency.xaxis, latency.yaxis):
+        axis.set_major_formatter("{x:.0f}")
+    calls = [r for r in of_kind(records, "exchange") if r["op"] == "plan + dispatch + combine"]
+    bars = {r["implementation"]: r["median_ms"] for r in calls if not r["file"].endswith("_false")}
     whole.barh(list(bars), list(bars.values()), color="#56b4e9")
     whole.invert_yaxis()
-    whole.set(title="plan + dispatch + combine, whole calls", xlabel="milliseconds", xscale="log")
+    whole.set(title="plan + dispatch + combine,\nwhole calls", xlabel="milliseconds", xscale="log")
     for axis in axes[:3]:
-        axis.legend(fontsize=7, frameon=False)
+        if axis.lines:  # what was measured in this run
+            axis.legend(fontsize=7, frameon=False)
         axis.grid(linewidth=0.3)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
 

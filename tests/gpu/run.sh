@@ -9,7 +9,7 @@
 #   suite     exchange_suite.py at each of $RANKS processes that share the GPU (default: 1 2 3 4 8), under MPS
 #   killed    failures without command buffers: the next call raises too; a process dies, the others say which; and
 #             then leave its rank out and go on
-#   layers    moe_suite.py and families_suite.py at each of $RANKS processes
+#   layers    moe_suite.py, placement_suite.py and families_suite.py at each of $RANKS processes
 #   train     train_suite.py at 8 processes, against eight CPU devices
 #   kernels   benchmarks/exchange.cu with $KERNELS (default: --sweep), virtual ranks in one process
 #   bench     benchmarks/exchange_gpu.py with $BENCH, at 8 processes
@@ -57,9 +57,10 @@ for name in ${@:-cpp suite killed}; do
     layers)
       start_mps
       for ranks in $RANKS; do
-        for suite in moe families; do
-          step 110 layers python3 tests/gpu/launch.py --timeout 100 --xla-flag=--xla_gpu_autotune_level=0 \
-            "$ranks" tests/gpu/${suite}_suite.py
+        for suite in moe placement families; do
+          # Without tuning XLA has no configuration for its Triton products, which the references use.
+          step 160 layers python3 tests/gpu/launch.py --timeout 150 --xla-flag=--xla_gpu_autotune_level=0 \
+            --xla-flag=--xla_gpu_enable_triton_gemm=false "$ranks" tests/gpu/${suite}_suite.py
         done
       done ;;
     train)

@@ -6,7 +6,7 @@
 Ranks that share a GPU have no collectives of XLA's. So every rank differentiates the loss of its own sequences with
 respect to its own copy of what is replicated; those gradients are averaged on the host, in order of rank, through files
 of the job's folder. The experts' gradients come from all ranks by way of the exchange. Parameters are bfloat16, AdamW
-works on float32 weights, as `train_lm.py --model.dtype bfloat16` does.
+works on float32 weights, as `train_lm.py --dtype bfloat16` does.
 
 Compared are the losses of every rank in every step, and every rank's gradients in the first one: within bfloat16's
 rounding, since products sum in another order, and a router may decide otherwise where two experts are near each other.
