@@ -15,7 +15,7 @@ BENCH ?= exchange
 
 BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc xla_ffi -name '*.cc' -o -name '*.h') CMakeLists.txt sources.bzl pyproject.toml
-CPP_SOURCES := $(NATIVE_SOURCES) $(shell find tests/cpp -name '*.cc' -o -name '*.h')
+CPP_SOURCES := $(NATIVE_SOURCES) $(shell find tests/cpp tests/model -name '*.cc' -o -name '*.h')
 
 .PHONY: demo test test-cpp test-python lint bench clean
 

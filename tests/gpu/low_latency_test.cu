@@ -6,6 +6,7 @@
 
 #include "tests/gpu/cuda_machine.h"
 #include "tests/kernels/low_latency_interleaved.h"
+#include "tests/kernels/relayed_low_latency.h"
 
 namespace wideep {
 namespace testing {
@@ -50,6 +51,19 @@ TEST(RandomMasks) { RunMaskedLowLatency<CudaMachine>(30, 700, 16, 512, 8, 0); }
 TEST(RandomMasksWithDelays) { RunMaskedLowLatency<CudaMachine>(10, 2700, 8, 256, 8, 200); }
 
 TEST(Lopsided) { RunLopsidedLowLatency<CudaMachine>(8); }
+
+TEST(VirtualNodes) {
+  uint64_t seed = 0;
+  for (const int node_size : {4, 2, 3, 1}) {
+    GroupSettings group;
+    group.num_ranks = 8;
+    group.num_experts = 32;
+    group.num_sms = 4;
+    group.chunk = 16;
+    group.deadline_s = 5;
+    RunVirtualNodes<CudaMachine>(group, node_size, ++seed);
+  }
+}
 
 GroupSettings EightRanks(bool once_per_rank) {
   GroupSettings group;

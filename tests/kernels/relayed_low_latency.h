@@ -49,6 +49,8 @@ template <typename Machine>
 std::vector<std::unique_ptr<Relay>> SplitIntoVirtualNodes(VirtualRanks<Machine>& ranks,
                                                           int node_size) {
   std::vector<std::unique_ptr<Relay>> relays;
+  // Now: a first launch may wait for kernels that wait for this one.
+  CHECK(LoadKernels<RelayParams<CopyNet>>({RelayKernel<CopyNet>}, "relay").ok());
   CopyNet net{};
   for (int rank = 0; rank < ranks.num_ranks(); ++rank) net.arenas[rank] = ranks.context(rank).arena;
   for (int rank = 0; rank < ranks.num_ranks(); ++rank) {
