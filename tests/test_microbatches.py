@@ -1,5 +1,6 @@
 """Microbatches, experts in chunks, and what the backward pass keeps: the same values and gradients, less memory."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 import jax_wideep as wep
 import jax_wideep.flax.linen
+from jax_wideep.flax.transformer import Transformer, TransformerConfig
 
 RANKS, EXPERTS, TOP_K, HIDDEN, FFN = 4, 8, 3, 16, 8
 SPEC = PartitionSpec("expert")
@@ -191,3 +193,18 @@ def test_a_call_may_choose_low_latency(make_group):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2, HIDDEN)), jnp.float32)
     model = make(overflow="spill", capacity_factor=0.5, expert_chunk=4, microbatches=2, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(model(x, mode="low_latency"), make(rngs=nnx.Rngs(0))(x), atol=1e-5)
+
+
+def test_a_transformer_takes_the_settings():
+    plain = TransformerConfig(vocab=32, hidden=16, num_layers=1, num_heads=2, ffn=8, num_experts=8, top_k=2)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    tokens = np.random.default_rng(0).integers(0, 32, (8, 5), np.int32)
+    spilling = dataclasses.replace(
+        plain, overflow="spill", capacity_factor=0.3, microbatches=2, expert_chunk=2, remat="hidden"
+    )
+    with plain.make_group(mesh) as group:
+        want, got = (
+            nnx.jit(lambda model: model(tokens))(Transformer(config, group, rngs=nnx.Rngs(0)))
+            for config in (plain, spilling)
+        )
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())

@@ -30,7 +30,8 @@ from jax_wideep._types import Float, Float32, Int32
 from jax_wideep.flax.nnx import MoE
 from jax_wideep.group import ExpertGroup
 from jax_wideep.low_latency import Quantize
-from jax_wideep.moe import Activation, Mode, MoEStats
+from jax_wideep.moe import Activation, Mode, MoEStats, Remat
+from jax_wideep.plan import Overflow
 from jax_wideep.routing import RouterConfig
 
 
@@ -53,6 +54,10 @@ class TransformerConfig:
       use_bias: whether experts have biases.
       weigh_input: whether gate weights multiply the experts' inputs.
       capacity_factor: rows a rank can receive, as a multiple of the average load; None drops nothing.
+      overflow: what happens above it, see MoE; "spill" loses no token.
+      microbatches: parts of a rank's tokens that take turns in the experts, see MoE.
+      expert_chunk: rows that experts work on at a time, see MoE.
+      remat: what the experts' backward pass keeps, see MoE.
       quantize: wire format of decode.
       redundant_experts: places for replicas of hot experts in every layer, see MoE; None: no placement.
       load_decay: of the average load that layers keep, see MoE.
@@ -78,6 +83,10 @@ class TransformerConfig:
     use_bias: bool = False
     weigh_input: bool = False
     capacity_factor: float | None = None
+    overflow: Overflow = "drop"
+    microbatches: int = 1
+    expert_chunk: int | None = None
+    remat: Remat = "none"
     quantize: Quantize = "fp8"
     redundant_experts: int | None = None
     load_decay: float | None = None
@@ -191,6 +200,10 @@ class Block(nnx.Module):
             use_bias=config.use_bias,
             weigh_input=config.weigh_input,
             capacity_factor=config.capacity_factor,
+            overflow=config.overflow,
+            microbatches=config.microbatches,
+            expert_chunk=config.expert_chunk,
+            remat=config.remat,
             quantize=config.quantize,
             redundant_experts=config.redundant_experts,
             load_decay=config.load_decay,
