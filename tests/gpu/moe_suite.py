@@ -179,9 +179,7 @@ def check_microbatches(world):
     for options in cases:
         dtype = jnp.bfloat16
         for tokens in (TOKENS, 1):
-            with group_of(
-                world, chunk=TOKENS // 4
-            ) as group:  # five calls of two microbatches each, or one alone
+            with group_of(world, chunk=TOKENS // 4) as group:  # three calls of two each, or one alone
                 step = make_step(world, group, **options)
                 for seed, routing in enumerate(ROUTINGS[:4]):
                     arrays = draw(world, seed, dtype, tokens=tokens, **routing)
