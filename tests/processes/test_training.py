@@ -117,20 +117,23 @@ def test_layouts_and_restarts_have_the_same_losses(options, tmp_path):
     train(1, 8, *options, "--run", tmp_path / "one")
     np.testing.assert_allclose(losses(tmp_path / "one"), want, rtol=1e-5)
 
-    killed, copy = tmp_path / "killed", tmp_path / "killed_copy"
+    killed = tmp_path / "killed"
     check_killed_run(killed, options, want)
-    shutil.copytree(killed, copy)
+    copies = {processes: tmp_path / f"killed_copy{processes}" for processes in (4, 8)}
+    for copy in copies.values():
+        shutil.copytree(killed, copy)
 
     output = train(2, 4, *options, "--run", killed)
     assert f"Going on from step {CHECKPOINT_EVERY}," in output
     assert losses(killed) == want
 
-    output = train(4, 2, *options, "--run", copy)
-    assert f"Going on from step {CHECKPOINT_EVERY}," in output and "4 processes" in output
-    assert losses(copy)[:CHECKPOINT_EVERY] == want[:CHECKPOINT_EVERY]
-    np.testing.assert_allclose(losses(copy), want, rtol=1e-5)
-    settings = json.loads((copy / "metrics.jsonl").read_text().splitlines()[0])["run"]
-    assert settings["processes"] == 4 and settings["ranks"] == 8
+    for processes, copy in copies.items():
+        output = train(processes, 8 // processes, *options, "--run", copy)
+        assert f"Going on from step {CHECKPOINT_EVERY}," in output and f"{processes} processes" in output
+        assert losses(copy)[:CHECKPOINT_EVERY] == want[:CHECKPOINT_EVERY]
+        np.testing.assert_allclose(losses(copy), want, rtol=1e-5)
+        settings = json.loads((copy / "metrics.jsonl").read_text().splitlines()[0])["run"]
+        assert settings["processes"] == processes and settings["ranks"] == 8
 
 
 def test_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
