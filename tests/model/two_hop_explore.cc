@@ -7,7 +7,7 @@
 // memory, so the transitions of one are a persistent set, and deadlocks and wrong results are found
 // all the same.
 //
-//   two_hop_explore [--all-routings]    the latter: every choice of hosts, minutes
+//   two_hop_explore [--all-routings]    the latter: every choice of hosts too, for a night
 #include <chrono>
 #include <cstdio>
 #include <cstring>
