@@ -124,14 +124,7 @@ def measure_variant(options: Options, mesh: jax.sharding.Mesh, name: str) -> dic
         idx = draws.draw_topk_idx(rng, law, mesh.size * options.tokens, options.experts, options.top_k)
         weights = draws.draw_weights(rng, *idx.shape)
         routed[kind] = measure.put(mesh, idx), measure.put(mesh, weights)
-    with wep.ExpertGroup(
-        mesh,
-        axis=measure.AXIS,
-        num_experts=options.experts,
-        top_k=options.top_k,
-        hidden=options.hidden,
-        backend=options.backend,
-    ) as group:
+    with measure.make_group(mesh, options) as group:
 
         def step(x, idx, weights, wi, wo, dout):
             def layers(x, weights, wi, wo):

@@ -112,15 +112,7 @@ def main(options: Options) -> None:
             made.append((x, measure.put(mesh, idx), measure.put(mesh, weights), wi, wo))
         return tuple(made)
 
-    with wep.ExpertGroup(
-        mesh,
-        axis=measure.AXIS,
-        num_experts=options.experts,
-        top_k=options.top_k,
-        hidden=options.hidden,
-        chunk=options.decode_tokens,
-        backend=options.backend,
-    ) as group:
+    with measure.make_group(mesh, options, chunk=options.decode_tokens) as group:
         candidates = make_candidates(options, group)
         measured, failed = measure.time_interleaved(candidates, make_inputs, repeats=options.repeats)
     if jax.process_index() != 0:

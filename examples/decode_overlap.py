@@ -186,15 +186,7 @@ def main(options: Options) -> None:
     rng = np.random.default_rng(options.seed)
     tokens = rng.standard_normal((mesh.size * options.tokens, options.hidden), np.float32)
     x = measure.put(mesh, tokens.astype(jnp.dtype(options.dtype)))
-    with wep.ExpertGroup(
-        mesh,
-        axis=measure.AXIS,
-        num_experts=options.experts,
-        top_k=options.top_k,
-        hidden=options.hidden,
-        chunk=options.tokens,
-        backend=options.backend,
-    ) as group:
+    with measure.make_group(mesh, options, chunk=options.tokens) as group:
         model = Model(options, group)
         jitted = functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, BY_TOKEN), out_specs=BY_TOKEN)
         steps = {name: jax.jit(jitted(getattr(model, name))) for name in ("plain", "in_halves", "overlapped")}

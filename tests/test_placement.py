@@ -1,10 +1,6 @@
 """Placement: its properties, the spreading over replicas, and that nothing but the balance changes by it."""
 
 import collections
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -302,18 +298,3 @@ def test_average_and_records_of_load():
     assert records[1]["rows_per_rank"] == (counts[1, :2] + counts[1, 2:]).tolist()
     one = loads.layer_records(jax.tree.map(lambda array: array[1], stats))
     assert one == records[1:2]
-
-
-def test_gpu_suite_on_cpu_devices():
-    """tests/gpu/placement_suite.py, which is for GPUs: that it runs."""
-    folder = pathlib.Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, folder / "gpu" / "placement_suite.py", "replicas"],
-        env=os.environ | {"WIDEEP_CPU_RANKS": "2", "PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "replicas: ok" in done.stdout

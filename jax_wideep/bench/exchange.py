@@ -62,14 +62,7 @@ def run(settings: ExchangeSettings) -> list[report.Record]:
     mesh = measure.make_mesh(settings.devices, settings.backend)
     draws = Draws(settings, mesh)
     capacity = draws.capacity()
-    group = wep.ExpertGroup(
-        mesh,
-        axis=measure.AXIS,
-        num_experts=settings.experts,
-        top_k=settings.top_k,
-        hidden=settings.hidden,
-        backend=settings.backend,
-    )
+    group = measure.make_group(mesh, settings)
     with group:
         candidates = library_candidates(group, capacity)
         pads = {}

@@ -53,14 +53,7 @@ def run(settings: LayerSettings) -> list[report.Record]:
     mesh = measure.make_mesh(settings.devices, settings.backend)
     draws = Draws(settings, mesh)
     capacity = draws.capacity()
-    group = wep.ExpertGroup(
-        mesh,
-        axis=measure.AXIS,
-        num_experts=settings.experts,
-        top_k=settings.top_k,
-        hidden=settings.hidden,
-        backend=settings.backend,
-    )
+    group = measure.make_group(mesh, settings)
 
     def ours(x, idx, weights, wi, wo):
         return wep.moe_ffn(x, idx, weights, wi, wo, group, capacity=capacity)[0]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_wideep.group import Backend, use_cpu_devices
+from jax_wideep.group import Backend, ExpertGroup, use_cpu_devices
 
 Key = TypeVar("Key", bound=Hashable)  # names a candidate
 
@@ -43,6 +43,17 @@ def make_mesh(devices: int | None, backend: Backend) -> Mesh:
             f"bench: devices: expected at most {len(available)} {available[0].platform} devices, got {count}"
         )
     return Mesh(np.array(available[:count]), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def make_group(mesh: Mesh, sizes: Any, **settings: Any) -> ExpertGroup:
+    """The group over `mesh` for settings with `experts`, `top_k`, `hidden` and `backend`; `settings` go before them."""
+    wanted = {
+        "num_experts": sizes.experts,
+        "top_k": sizes.top_k,
+        "hidden": sizes.hidden,
+        "backend": sizes.backend,
+    }
+    return ExpertGroup(mesh, axis=AXIS, **{**wanted, **settings})
 
 
 def start_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

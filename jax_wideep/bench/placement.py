@@ -65,13 +65,8 @@ def run(settings: PlacementSettings) -> list[report.Record]:
     candidates: dict[tuple[str, str], Candidate] = {}
     groups: dict[str, wep.ExpertGroup] = {}
     for name in (WITHOUT, WITH):
-        group = groups[name] = wep.ExpertGroup(
-            mesh,
-            axis=measure.AXIS,
-            num_experts=experts + (redundant if name == WITH else 0),
-            top_k=settings.top_k,
-            hidden=settings.hidden,
-            backend=settings.backend,
+        group = groups[name] = measure.make_group(
+            mesh, settings, num_experts=experts + (redundant if name == WITH else 0)
         )
         placed = placement if name == WITH else None
         exchange, layer = _functions(group, capacity[name], placed)

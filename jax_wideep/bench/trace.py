@@ -53,14 +53,7 @@ def run(settings: TraceSettings) -> list[report.Record]:
     mesh = measure.make_mesh(settings.devices, settings.backend)
     draws = Draws(settings, mesh)
     router = wep.RouterConfig(settings.experts, settings.top_k)
-    group = wep.ExpertGroup(
-        mesh,
-        axis=measure.AXIS,
-        num_experts=settings.experts,
-        top_k=settings.top_k,
-        hidden=settings.hidden,
-        backend=settings.backend,
-    )
+    group = measure.make_group(mesh, settings)
 
     def layer(x: jax.Array, kernel: jax.Array, wi: jax.Array, wo: jax.Array) -> jax.Array:
         with jax.named_scope("wideep_route"):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -219,11 +218,7 @@ CHECKS = {
 
 
 def main() -> None:
-    world = World()
-    for name in sys.argv[1:] or CHECKS:
-        began = time.monotonic()
-        CHECKS[name](world)
-        world.say(f"{name}: ok, {time.monotonic() - began:.1f} s")
+    World().run(CHECKS, sys.argv[1:] or CHECKS)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -125,11 +124,7 @@ DEFAULT = ("replicas", "moe")
 
 
 def main() -> None:
-    world = World()
-    for name in sys.argv[1:] or DEFAULT:
-        began = time.monotonic()
-        CHECKS[name](world)
-        world.say(f"{name}: ok, {time.monotonic() - began:.1f} s")
+    World().run(CHECKS, sys.argv[1:] or DEFAULT)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,6 +76,13 @@ class World:
             present = [p for p in range(self.num_processes) if p not in absent]
             name = f"wideep_test_barrier_{self._barriers}"
             _ffi.coordination_client().wait_at_barrier(name, int(timeout_s * 1e3), present)
+
+    def run(self, checks: Mapping[str, Callable[[World], None]], names: Iterable[str]) -> None:
+        """The checks of these names, one after the other."""
+        for name in names:
+            began = time.monotonic()
+            checks[name](self)
+            self.say(f"{name}: ok, {time.monotonic() - began:.1f} s")
 
     def say(self, text: str) -> None:
         if self.process == 0:
