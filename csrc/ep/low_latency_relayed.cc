@@ -25,51 +25,52 @@ int64_t RowBytes(const LowLatencyTokens& t, DType dtype) {
 /// for this rank. After one that received: a rank may have given up in it.
 Status SayControl(Relay* relay, cudaStream_t stream) { return relay->Launch(RelayCall{}, stream); }
 
+/// A call in its halves, with the relay between them. `call` describes it, given its ticket.
+template <typename Params, typename Call>
+Status LaunchHalves(Relay* relay, Params p, LowLatencyKind kind, Call call,
+                    Status (*launch)(const Params&, cudaStream_t), cudaStream_t stream) {
+  const LowLatencyPart part = p.part;
+  if (part == LowLatencyPart::kBoth) p.ticket = relay->Ticket(kind);
+  Status status;
+  if (part != LowLatencyPart::kReceive) {
+    p.part = LowLatencyPart::kSend;
+    status = SayControl(relay, stream);
+    if (status.ok()) status = launch(p, stream);
+    if (status.ok()) status = relay->Launch(call(p.ticket), stream);
+  }
+  if (status.ok() && part != LowLatencyPart::kSend) {
+    p.part = LowLatencyPart::kReceive;
+    status = launch(p, stream);
+  }
+  return status.ok() ? SayControl(relay, stream) : status;
+}
+
 }  // namespace
 
 Status LaunchRelayedDispatch(Relay* relay, const LowLatencyDispatchParams& params,
                              cudaStream_t stream) {
   if (relay == nullptr) return LaunchLowLatencyDispatch(params, stream);
-  LowLatencyDispatchParams p = params;
-  if (p.part == LowLatencyPart::kBoth) p.ticket = relay->Ticket(LowLatencyKind::kDispatch);
-  Status status;
-  if (params.part != LowLatencyPart::kReceive) {
-    p.part = LowLatencyPart::kSend;
-    const int64_t row_bytes =
-        p.quantize ? WireRowBytes(p.tokens.hidden) : RowBytes(p.tokens, p.dtype);
-    status = SayControl(relay, stream);
-    if (status.ok()) status = LaunchLowLatencyDispatch(p, stream);
-    if (status.ok()) {
-      status = relay->Launch(CallOf(Relayed::kTokens, p.tokens, p.ticket, row_bytes), stream);
-    }
-  }
-  if (status.ok() && params.part != LowLatencyPart::kSend) {
-    p.part = LowLatencyPart::kReceive;
-    status = LaunchLowLatencyDispatch(p, stream);
-  }
-  return status.ok() ? SayControl(relay, stream) : status;
+  const auto call = [&](const uint32_t* ticket) {
+    const int64_t row_bytes = params.quantize ? WireRowBytes(params.tokens.hidden)
+                                              : RowBytes(params.tokens, params.dtype);
+    return CallOf(Relayed::kTokens, params.tokens, ticket, row_bytes);
+  };
+  return LaunchHalves(relay, params, LowLatencyKind::kDispatch, call, LaunchLowLatencyDispatch,
+                      stream);
 }
 
 Status LaunchRelayedCombine(Relay* relay, const LowLatencyCombineParams& params,
                             cudaStream_t stream) {
   if (relay == nullptr) return LaunchLowLatencyCombine(params, stream);
-  LowLatencyCombineParams p = params;
-  if (p.part == LowLatencyPart::kBoth) p.ticket = relay->Ticket(LowLatencyKind::kCombine);
-  Status status;
-  if (params.part != LowLatencyPart::kReceive) {
-    p.part = LowLatencyPart::kSend;
-    RelayCall call = CallOf(Relayed::kOutputs, p.tokens, p.ticket, RowBytes(p.tokens, p.dtype));
-    call.counts = p.counts;
-    call.row_source = p.row_source;
-    status = SayControl(relay, stream);
-    if (status.ok()) status = LaunchLowLatencyCombine(p, stream);
-    if (status.ok()) status = relay->Launch(call, stream);
-  }
-  if (status.ok() && params.part != LowLatencyPart::kSend) {
-    p.part = LowLatencyPart::kReceive;
-    status = LaunchLowLatencyCombine(p, stream);
-  }
-  return status.ok() ? SayControl(relay, stream) : status;
+  const auto call = [&](const uint32_t* ticket) {
+    RelayCall described =
+        CallOf(Relayed::kOutputs, params.tokens, ticket, RowBytes(params.tokens, params.dtype));
+    described.counts = params.counts;
+    described.row_source = params.row_source;
+    return described;
+  };
+  return LaunchHalves(relay, params, LowLatencyKind::kCombine, call, LaunchLowLatencyCombine,
+                      stream);
 }
 
 Status LaunchRelayedCombineGrad(Relay* relay, const LowLatencyCombineGradParams& params,
