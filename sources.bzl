@@ -130,7 +130,6 @@ EXCHANGE_CUDA_SOURCES = [
 
 EXCHANGE_CUDA_HEADERS = [
     "csrc/core/convert.cuh",
-    "csrc/ep/load_kernels.h",
     "csrc/core/error_record.h",
     "csrc/core/host_device.h",
     "csrc/core/launch.cuh",
@@ -145,6 +144,7 @@ EXCHANGE_CUDA_HEADERS = [
     "csrc/ep/dispatch.cuh",
     "csrc/ep/dispatch.h",
     "csrc/ep/exchange_protocol.cuh",
+    "csrc/ep/load_kernels.h",
     "csrc/ep/low_latency.cuh",
     "csrc/ep/low_latency.h",
     "csrc/ep/low_latency_combine.cuh",
@@ -160,6 +160,7 @@ EXCHANGE_CUDA_HEADERS = [
     "csrc/ep/quantize.h",
     "csrc/ep/ring.cuh",
     "csrc/ep/row_sum.cuh",
+    "csrc/ep/two_hop.h",
     "csrc/ep/zero_tail.cuh",
     "csrc/transport/device_memory.h",
     "csrc/transport/peer.h",
