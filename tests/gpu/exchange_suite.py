@@ -155,16 +155,13 @@ def check_values(world):
             group.check()
 
 
-def check_few_tokens(world):
-    # No tokens at all: XLA's GPU compiler (jax 0.11.2) crashes on a program whose inputs are all empty, and in the
-    # backend "xla" gradients do not pass shard_map's type check.
-    for tokens in (0, 1) if world.backend == "cpu" else (1,):
-        capacity = max(1, world.num_ranks * tokens * TOP_K)
-        with world.group(**settings(world)) as group:
-            step = whole_step(world, group, capacity)
-            run_and_check(
-                world, step, draw(world, 1, 256, jnp.bfloat16, tokens=tokens), capacity, jnp.bfloat16, 2
-            )
+def check_one_token(world):
+    # Not none at all: XLA's compilers in jax 0.11.2 crash on a program whose inputs are all empty. test_exchange.py has
+    # that, with tokens sliced away inside.
+    capacity = world.num_ranks * TOP_K
+    with world.group(**settings(world)) as group:
+        step = whole_step(world, group, capacity)
+        run_and_check(world, step, draw(world, 1, 256, jnp.bfloat16, tokens=1), capacity, jnp.bfloat16, 2)
 
 
 def check_tail(world):
@@ -497,7 +494,7 @@ def check_killed_then_masked(world):
 
 CHECKS = {
     "values": check_values,
-    "few_tokens": check_few_tokens,
+    "one_token": check_one_token,
     "tail": check_tail,
     "fp8": check_fp8,
     "masked": check_masked,

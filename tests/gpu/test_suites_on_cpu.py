@@ -11,12 +11,17 @@ FOLDER = pathlib.Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    "suite, check",
-    [("moe", "repeats"), ("placement", "replicas"), ("families", "gpt_oss"), ("exchange", "few_tokens")],
+    "suite, checks",
+    [
+        ("moe", ["repeats"]),
+        ("placement", ["replicas"]),
+        ("families", ["gpt_oss"]),
+        ("exchange", ["values", "one_token", "tail", "fp8", "masked"]),
+    ],
 )
-def test_suite(suite, check):
+def test_suite(suite, checks):
     done = subprocess.run(
-        [sys.executable, FOLDER / f"{suite}_suite.py", check],
+        [sys.executable, FOLDER / f"{suite}_suite.py", *checks],
         env=os.environ | {"WIDEEP_CPU_RANKS": "2", "PYTHONPATH": str(FOLDER.parent)},
         capture_output=True,
         text=True,
@@ -24,4 +29,5 @@ def test_suite(suite, check):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{check}: ok" in done.stdout
+    for check in checks:
+        assert f"{check}: ok" in done.stdout
