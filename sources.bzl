@@ -156,6 +156,7 @@ EXCHANGE_CUDA_HEADERS = [
     "csrc/ep/peer_context.h",
     "csrc/ep/plan.cuh",
     "csrc/ep/plan.h",
+    "csrc/ep/plan_block.cuh",
     "csrc/ep/quantize.cuh",
     "csrc/ep/quantize.h",
     "csrc/ep/ring.cuh",
