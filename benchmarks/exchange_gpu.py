@@ -40,7 +40,7 @@ import oracle
 from world import AXIS, World
 
 import jax_wideep as wep
-from jax_wideep import _ffi
+from jax_wideep import _exchange_ops, _ffi, _kernels
 
 NUM_EXPERTS = 256
 
@@ -90,11 +90,11 @@ def combine_only(group, capacity, plan, a):
 
 
 def dispatch_grad(group, capacity, plan, a):
-    return _ffi.dispatch_grad(a["rows"], a["row_weights"], plan)[1]
+    return _exchange_ops.dispatch_grad(a["rows"], a["row_weights"], plan)[1]
 
 
 def combine_grad(group, capacity, plan, a):
-    return _ffi.combine_grad(a["x"], a["rows"], a["row_weights"], plan, False)[1]
+    return _exchange_ops.combine_grad(a["x"], a["rows"], a["row_weights"], plan, False)[1]
 
 
 PUSH, PULL = {"dispatch_form": "push"}, {"dispatch_form": "pull"}
@@ -110,7 +110,7 @@ OPS = [
     Op("plan + dispatch rings", RINGS | PUSH, plan_and_dispatch, ONE_WAY),
     Op(
         "plan + quantize + dispatch fp8 push", PUSH, plan_and_fp8,
-        lambda case, rows: _ffi.wire_row_bytes(case.hidden) * rows + 2.0 * case.hidden * case.tokens,
+        lambda case, rows: _kernels.wire_row_bytes(case.hidden) * rows + 2.0 * case.hidden * case.tokens,
     ),
     Op("dispatch push", PUSH, dispatch_only, ONE_WAY),
     Op("dispatch pull", PULL, dispatch_only, ONE_WAY),

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_wideep import _ffi
+from jax_wideep import _ffi, _kernels
 from jax_wideep._types import Float, Int32
 from jax_wideep.grouped_matmul import Choice, Implementation, by_platform, choose
 
@@ -61,7 +61,7 @@ def _swiglu(hidden: jax.Array, group_sizes: jax.Array, choice: Choice) -> jax.Ar
     def plain(hidden: jax.Array, group_sizes: jax.Array) -> jax.Array:
         return swiglu(hidden)
 
-    return by_platform(choice, _ffi.swiglu, plain, plain, hidden, group_sizes)
+    return by_platform(choice, _kernels.swiglu, plain, plain, hidden, group_sizes)
 
 
 def _swiglu_fwd(hidden, group_sizes, choice):
@@ -73,7 +73,7 @@ def _swiglu_bwd(choice, residuals, dout):
         return jax.vjp(swiglu, hidden)[1](dout)[0]
 
     hidden, group_sizes = residuals
-    return by_platform(choice, _ffi.swiglu_grad, plain, plain, hidden, dout, group_sizes), None
+    return by_platform(choice, _kernels.swiglu_grad, plain, plain, hidden, dout, group_sizes), None
 
 
 _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)

@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jax_wideep import _check, _ffi
+from jax_wideep import _check, _ffi, _kernels
 from jax_wideep._types import Float, Float32
 from jax_wideep.group import ExpertGroup
 from jax_wideep.plan import DispatchPlan, backend_of
@@ -164,11 +164,11 @@ _dispatch_fp8.defvjp(_dispatch_fp8_fwd, _dispatch_fp8_bwd)
 def _to_wire(x: jax.Array, group: ExpertGroup) -> jax.Array:
     """Rows as they travel: FP8 values, then their scales, then zeros up to 16 bytes; uint8."""
     if group.backend == "cuda":
-        return _ffi.quantize_rows(x)
+        return _kernels.quantize_rows(x)
     q, scales = backend_of(group).quantize(x)
     tokens, hidden = x.shape
     parts = [_bytes_of(q), _bytes_of(scales).reshape(tokens, hidden // QUANT_BLOCK * 4)]
-    spare = _ffi.wire_row_bytes(hidden) - sum(part.shape[1] for part in parts)
+    spare = _kernels.wire_row_bytes(hidden) - sum(part.shape[1] for part in parts)
     return jnp.pad(jnp.concatenate(parts, axis=1), ((0, 0), (0, spare)))
 
 

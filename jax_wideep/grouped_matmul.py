@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_wideep import _check, _ffi, _grouped_matmul_loop
+from jax_wideep import _check, _ffi, _grouped_matmul_loop, _kernels
 from jax_wideep._types import Float, Int32
 
 Implementation = Literal["auto", "cuda", "loop", "xla"]
@@ -226,7 +226,7 @@ def _product(
     """rows times w[group], or times its transpose: transpose_w, out_dtype, zero_tail."""
     cuda, loop, xla = (
         functools.partial(product, **settings)
-        for product in (_ffi.grouped_matmul, _grouped_matmul_loop.product, _xla_product)
+        for product in (_kernels.grouped_matmul, _grouped_matmul_loop.product, _xla_product)
     )
     return by_platform(choice, cuda, loop, xla, rows, w, group_sizes)
 
@@ -242,7 +242,7 @@ def _weight_grad(
     cuda, loop, xla = (
         functools.partial(weight_grad, **settings)
         for weight_grad in (
-            _ffi.grouped_matmul_weight_grad,
+            _kernels.grouped_matmul_weight_grad,
             _grouped_matmul_loop.weight_grad,
             _xla_weight_grad,
         )

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jax_wideep import _check, _ffi
+from jax_wideep import _check, _exchange_ops, _ffi
 from jax_wideep._types import Float, Int32
 from jax_wideep.group import ExpertGroup
 from jax_wideep.plan import backend_of
@@ -144,7 +144,7 @@ def ll_dispatch_send(
     sent = _dispatch_in_flight("ll_dispatch_send", x, topk_idx, group, quantize, dequantize, zero_tail)
     if group.backend != "cuda":
         return sent
-    ticket = _ffi.ll_dispatch_send(sent.payload, sent.topk_idx, group, quantize == "fp8")
+    ticket = _exchange_ops.ll_dispatch_send(sent.payload, sent.topk_idx, group, quantize == "fp8")
     return dataclasses.replace(sent, ticket=ticket)
 
 
@@ -207,7 +207,7 @@ def ll_combine_send(
     if recv.group.backend != "cuda":
         return sent
     y = jax.lax.stop_gradient(sent.y)
-    ticket = _ffi.ll_combine_send(y, recv.topk_idx, recv.counts, recv.row_source, recv.group)
+    ticket = _exchange_ops.ll_combine_send(y, recv.topk_idx, recv.counts, recv.row_source, recv.group)
     return dataclasses.replace(sent, ticket=ticket)
 
 
@@ -270,9 +270,11 @@ def _receive(x, wire, group, quantize, dequantize, zero_tail):
     payload, scales, topk_idx, ticket = wire
     rows_dtype = x.dtype if dequantize else jnp.float8_e4m3fn
     if ticket is not None:
-        return _ffi.ll_dispatch_recv(ticket, topk_idx, group, rows_dtype, zero_tail, quantize == "fp8")
+        return _exchange_ops.ll_dispatch_recv(
+            ticket, topk_idx, group, rows_dtype, zero_tail, quantize == "fp8"
+        )
     if group.backend == "cuda":
-        return _ffi.ll_dispatch(
+        return _exchange_ops.ll_dispatch(
             payload, scales, topk_idx, group, rows_dtype, zero_tail, quantize=quantize == "fp8"
         )
     return backend_of(group).ll_dispatch(payload, scales, topk_idx, group, rows_dtype, zero_tail)
@@ -301,7 +303,7 @@ _receive.defvjp(_receive_fwd, _receive_bwd)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _combine(y, topk_weights, topk_idx, counts, row_source, ticket, group, zero_tail):
     if ticket is not None:
-        return _ffi.ll_combine_recv(ticket, topk_weights, topk_idx, group, y.dtype)
+        return _exchange_ops.ll_combine_recv(ticket, topk_weights, topk_idx, group, y.dtype)
     return backend_of(group).ll_combine(y, topk_weights, topk_idx, counts, row_source, group)
 
 

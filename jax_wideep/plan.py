@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 
-from jax_wideep import _check, _ffi, reference
+from jax_wideep import _check, _exchange_ops, _ffi, reference
 from jax_wideep._types import Int32
 from jax_wideep.group import ExpertGroup
 
@@ -137,4 +137,4 @@ def check_capacity(op: str, capacity: Any, worst_case: int) -> None:
 
 def backend_of(group: ExpertGroup) -> Any:
     """The module that carries out `group`'s ops: the compiled ones, or JAX collectives."""
-    return reference if group.backend == "xla" else _ffi
+    return reference if group.backend == "xla" else _exchange_ops

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 
 # The package's modules, lowest first. A module may import those before it, and its own submodules.
 PYTHON_LAYERS = (
-    "_types", "_ffi", "_bootstrap", "_masking", "_host_transport", "_nvshmem", "_peer_transport", "group", "_check",
-    "quantize", "reference", "plan", "exchange", "low_latency", "_grouped_matmul_loop", "grouped_matmul", "_swiglu",
-    "_expert_bias", "routing", "placement", "replicas", "_rounds", "_microbatches", "moe", "load", "flax",
-    "families", "bench", "report", "launch",
+    "_types", "_ffi", "_exchange_ops", "_kernels", "_bootstrap", "_masking", "_host_transport", "_nvshmem",
+    "_peer_transport", "group", "_check", "quantize", "reference", "plan", "exchange", "low_latency",
+    "_grouped_matmul_loop", "grouped_matmul", "_swiglu", "_expert_bias", "routing", "placement", "replicas",
+    "_rounds", "_microbatches", "moe", "load", "flax", "families", "bench", "report", "launch",
 )  # fmt: skip
 
 # What only some modules may import.

@@ -65,7 +65,7 @@ struct GroupedMatmulWeightGradParams {
 };
 
 /// The scratch memory of one launch; two launches that may overlap need one each.
-/// jax_wideep/_ffi.py knows this size too, for its shape rule.
+/// jax_wideep/_kernels.py knows this size too, for its shape rule.
 size_t GroupedMatmulWorkspaceBytes(int64_t num_groups);
 
 Status LaunchGroupedMatmul(const GroupedMatmulParams& params, cudaStream_t stream);
