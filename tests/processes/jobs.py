@@ -1,4 +1,8 @@
-"""Runs a script as the processes of one JAX job on CPU devices, and says how each of them ended."""
+"""Runs a script as the processes of one JAX job, and says how each of them ended.
+
+On CPU devices, or with WIDEEP_PLATFORM=cuda on GPUs, one for each process: those that CUDA_VISIBLE_DEVICES lists, which
+processes share under MPS where there are too few.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import leaving
+
 HERE = pathlib.Path(__file__).parent
+# For jobs that take a tenth of it on a machine that does nothing else.
+TIMEOUT_S = 300.0
+PLATFORM = os.environ.get("WIDEEP_PLATFORM", "cpu")
 
 
 @dataclasses.dataclass
@@ -38,19 +47,21 @@ class Job:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        paths = (str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", ""))
         self._logs = [scratch / f"log{process}" for process in range(processes)]
         self._began = time.monotonic()
         self.processes = []
         for process, log in enumerate(self._logs):
             job = {
-                "JAX_PLATFORMS": "cpu",
+                "JAX_PLATFORMS": PLATFORM,
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(process),
                 "WIDEEP_DEVICES": str(devices),
                 "WIDEEP_SCRATCH": str(scratch),
-                "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
                 "PYTHONUNBUFFERED": "1",
+                **(_gpu(process) if PLATFORM == "cuda" else {}),
             }
             wanted = {**os.environ, "NPROC": None, **job, **environment(process)}
             with open(log, "wb") as file:
@@ -58,6 +69,7 @@ class Job:
                     subprocess.Popen(
                         [sys.executable, str(HERE / script), *arguments],
                         env={name: value for name, value in wanted.items() if value is not None},
+                        stdin=leaving.stdin_of(process),
                         stdout=file,
                         stderr=subprocess.STDOUT,
                     )
@@ -71,11 +83,12 @@ class Job:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
             process.wait()
+        leaving.let_first_leave(self.processes)
 
     def output(self, process: int) -> str:
         return self._logs[process].read_text(errors="replace")
 
-    def wait(self, timeout_s: float, among: Sequence[int] | None = None) -> dict[int, Outcome]:
+    def wait(self, timeout_s: float = TIMEOUT_S, among: Sequence[int] | None = None) -> dict[int, Outcome]:
         """Until the processes have ended, or those `among` them; fails the test where they do not in time."""
         outcomes: dict[int, Outcome] = {}
         waiting = set(range(len(self.processes)) if among is None else among)
@@ -86,6 +99,8 @@ class Job:
                     seconds = time.monotonic() - self._began
                     outcomes[number] = Outcome(status, self.output(number), seconds)
                     waiting.remove(number)
+            if not waiting - {0}:
+                leaving.let_first_leave(self.processes)
             if time.monotonic() - self._began > timeout_s:
                 texts = [f"-- process {n}:\n{self.output(n)[-3000:]}" for n in range(len(self.processes))]
                 raise AssertionError(
@@ -95,13 +110,29 @@ class Job:
         return outcomes
 
 
+def _gpu(process: int) -> dict[str, str]:
+    """Environment of a process with a GPU, or a part of one; its memory pool is one region, which peers can map."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    flags = (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_gpu_autotune_level=0",
+        "--xla_gpu_enable_command_buffer=",
+    )
+    return {
+        "CUDA_VISIBLE_DEVICES": visible[process % len(visible)],
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.02",
+        "XLA_FLAGS": " ".join(filter(None, flags)),
+    }
+
+
 def run(
     scratch: pathlib.Path,
     processes: int,
     devices: int,
     script: str,
     *arguments: str,
-    timeout_s: float = 180,
+    timeout_s: float = TIMEOUT_S,
     **more: Any,
 ) -> list[str]:
     """Outputs of a job all of whose processes must end well."""

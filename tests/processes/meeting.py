@@ -14,16 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from leaving import leave
 
 import jax_wideep as wep
-from jax_wideep import _bootstrap, _ffi, launch
+from jax_wideep import _bootstrap, launch
 
 
 def main() -> None:
     wep.use_cpu_devices(int(os.environ.get("WIDEEP_DEVICES", 1)))
     if not launch.initialize():
         sys.exit("the processes were not found")
-    settings = {"num_experts": 4 * jax.device_count(), "top_k": 2, "hidden": 256, "deadline_s": 20.0}
+    settings = {"num_experts": 4 * jax.device_count(), "top_k": 2, "hidden": 256, "deadline_s": 60.0}
     if jax.process_index() == 1:
         for change in sys.argv[1:]:
             if change == "versions":
@@ -38,9 +39,8 @@ def main() -> None:
         try:
             group = wep.ExpertGroup(mesh, **settings)
         except ValueError as error:
-            print(f"refused: {error}", flush=True)
-            _ffi.coordination_client().wait_at_barrier("refused", 20_000)  # process 0 runs the service
-            os._exit(0)
+            print(f"refused: {error}")
+            leave()
     print(f"backend {group.backend}; warned: {[str(w.message) for w in seen]}", flush=True)
     with group:
         exchange(group)

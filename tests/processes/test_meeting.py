@@ -23,7 +23,7 @@ from jax_wideep import _bootstrap, _ffi
     ],
 )
 def test_settings_that_differ_are_an_error_in_every_process(tmp_path, change, difference):
-    for output in jobs.run(tmp_path, 2, 1, "meeting.py", change, timeout_s=60):
+    for output in jobs.run(tmp_path, 2, 1, "meeting.py", change):
         assert "refused: ExpertGroup: expected the same settings" in output
         assert difference in output
         if change == "versions":
@@ -49,7 +49,7 @@ def test_found_by_slurm(tmp_path):
         }
 
     with jobs.Job(tmp_path, 2, 1, "meeting.py", ["exchange"], environment) as running:
-        outcomes = running.wait(90)
+        outcomes = running.wait()
     for outcome in outcomes.values():
         assert "backend cpu; warned: []" in outcome.output, outcome.output[-3000:]
         assert "exchanged" in outcome.output and outcome.status == 0
@@ -60,7 +60,7 @@ def test_programs_of_a_compilation_cache_exchange_by_collectives(tmp_path):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     for _ in range(2):
         with jobs.Job(tmp_path, 2, 2, "meeting.py", ["exchange"], lambda process: cache) as running:
-            outcomes = running.wait(90)
+            outcomes = running.wait()
         for outcome in outcomes.values():
             assert outcome.status == 0, outcome.output[-3000:]
             assert "(backend='xla'), since" in outcome.output and "compilation cache is on" in outcome.output
@@ -73,9 +73,10 @@ def test_two_hosts_exchange_by_collectives():
     reason = two_hosts.unavailable()
     if reason:
         pytest.skip(reason)
-    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(jobs.HERE)}
+    paths = os.pathsep.join([str(jobs.HERE), str(jobs.HERE.parent)])
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
     command = [sys.executable, str(jobs.HERE / "meeting.py"), "exchange"]
-    for status, output in two_hosts.run(command, timeout_s=150, env=environment):
+    for status, output in two_hosts.run(command, timeout_s=jobs.TIMEOUT_S, env=environment):
         assert status == 0, output[-3000:]
         assert "backend xla" in output and "exchanged" in output
         assert "(backend='xla'), since the mesh spans several hosts" in output
