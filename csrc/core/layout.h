@@ -39,7 +39,7 @@ constexpr int kMaxRanks = 16;
 /// Regions of a rank's memory that its peers can map.
 constexpr int kMaxRegions = 8;
 /// Buffers that an op publishes to its peers.
-constexpr int kMaxPublished = 3;
+constexpr int kMaxPublished = 5;
 /// Parts of a rank's tokens whose sums are made and fetched apart (combine_reduce.cuh).
 constexpr int kMaxSumChunks = 16;
 /// Shared memory that a block may use: 227 KB on compute capability 9.0.

@@ -12,6 +12,9 @@
 // acquire-release count of blocks, then the last block's release at system scope; acquire by the
 // peers. Bulk copies are completed (wait_group) and fenced (fence.proxy.async) before the barrier.
 //
+// Ranks on other nodes (outside PeerContext::node_ranks) have no address here: Begin, Finish and
+// the abort stores leave them out, and what they report counts (two_hop_rank.cuh brings it).
+//
 // Masked ranks. Nobody waits for a rank that is masked (Control::masked, the same on all ranks that
 // take part), and nobody reads or writes its memory. A masked rank that launches a kernel all the
 // same writes empty outputs and ends, without Begin or Finish.
@@ -45,6 +48,10 @@ class Exchange {
   __device__ int num_ranks() const { return peers_.num_ranks; }
   __device__ bool IsMasked(int rank) const { return (masked_ >> rank & 1) != 0; }
   __device__ bool any_masked() const { return masked_ != 0; }
+  /// Whether `rank` takes part, and its memory has an address here.
+  __device__ bool Reaches(int rank) const {
+    return ((peers_.node_ranks & ~masked_) >> rank & 1) != 0;
+  }
   /// Whether this rank is not masked; otherwise it only writes empty outputs.
   __device__ bool takes_part() const { return !IsMasked(rank()); }
   __device__ uint32_t epoch() const { return epoch_; }
@@ -65,13 +72,15 @@ class Exchange {
     const uint64_t begin = ptx::globaltimer();
     for (uint32_t spins = 1;; ++spins) {
       if (ready()) return true;
-      if (spins % 64 != 0) continue;
-      if (Aborted()) return false;
-      if (ptx::globaltimer() - begin > peers_.deadline_ns) {
-        Fail(Failure::kDeadline, phase, peer, 0, 0);
-        return false;
-      }
+      if (spins % 64 == 0 && Stops(begin, phase, peer)) return false;
     }
+  }
+  /// Whether to end a wait that began at `begin`: a rank gave up, or this one does now.
+  __device__ bool Stops(uint64_t begin, Phase phase, int peer) {
+    if (Aborted()) return true;
+    if (ptx::globaltimer() - begin <= peers_.deadline_ns) return false;
+    Fail(Failure::kDeadline, phase, peer, 0, 0);
+    return true;
   }
 
   /// Whether a rank gave up; leaves this rank's own record of it.
@@ -93,14 +102,15 @@ class Exchange {
                 static_cast<uint32_t>(phase), rank(), peer, expected, got);
     const uint32_t word = AbortWord::Pack(failure, rank(), peer, op_, phase);
     for (int r = 0; r < num_ranks(); ++r) {
-      if (IsMasked(r)) continue;
+      if (!Reaches(r)) continue;
       ptx::st_release_sys_u32(&In<Control>(r, ArenaLayout::kControl)->abort, word);
     }
   }
 
   /// Publishes `mine` and reads the peers' into here[buffer * kMaxRanks + rank], in shared memory;
-  /// not those of masked ranks. All threads of the block. Returns false if a rank gave up.
-  /// `all_mapped` is the same on every rank: whether every rank's buffers can be reached.
+  /// only those of ranks that it Reaches. All threads of the block. Returns false if a rank gave
+  /// up. `all_mapped` is the same on every rank of a node: whether every rank's buffers can be
+  /// reached.
   template <int kBuffers>
   __device__ bool Begin(const void* const (&mine)[kBuffers], char** here, uint32_t* flags,
                         bool& all_mapped);
@@ -165,10 +175,11 @@ __device__ bool Exchange::Begin(const void* const (&mine)[kBuffers], char** here
     flags[2] = 0;  // a thread of this block waited in vain
   }
   __syncthreads();
+  const bool alone = num_ranks() == 1 || (peers_.node_ranks & ~masked_) == 1u << rank();
   const int slot = threadIdx.x;  // one thread for each peer's buffer
   const int peer = slot / kBuffers;
   const int buffer = slot % kBuffers;
-  if (peer < num_ranks() && !IsMasked(peer) && flags[0] == 0) {
+  if (peer < num_ranks() && Reaches(peer) && flags[0] == 0) {
     uint64_t word = PublishedWordOf(mine[buffer]);
     if (blockIdx.x == 0 && peer != rank()) {
       auto* published = In<uint64_t>(peer, layout().published);
@@ -192,7 +203,7 @@ __device__ bool Exchange::Begin(const void* const (&mine)[kBuffers], char** here
         pointer = table_->regions[peer][region].here + PublishedWord::Offset(word);
       }
     }
-    if (num_ranks() > 1 && PublishedWord::Region(word) == PublishedWord::kNotMapped) flags[1] = 1;
+    if (!alone && PublishedWord::Region(word) == PublishedWord::kNotMapped) flags[1] = 1;
     here[buffer * kMaxRanks + peer] = pointer;
   }
   __syncthreads();
@@ -241,7 +252,7 @@ __device__ inline void Exchange::Finish(uint32_t* flags) {
   if (flags[0] == 0) return;
 
   const int peer = threadIdx.x;
-  if (peer < num_ranks() && peer != rank() && !IsMasked(peer)) {
+  if (peer < num_ranks() && peer != rank() && Reaches(peer)) {
     // Release: everything this rank wrote to, and read from, the peer's buffers comes before.
     ptx::st_release_sys_u32(&In<uint32_t>(peer, layout().done)[rank()], epoch_);
     const auto* done = reinterpret_cast<const uint32_t*>(arena() + layout().done);

@@ -226,4 +226,15 @@ class Layout {
   int64_t num_bytes_ = 0;
 };
 
+/// What a rank's kernels remember from one op to the next; in its registered memory after what
+/// Layout places, zeroed with it.
+struct RankState {
+  /// By Direction: slots with a row that this rank has put, and the bytes of all slots that it has.
+  unsigned long long tokens_put[2];
+  unsigned long long bytes_put[2];
+  /// The plan's last exchange of counts.
+  uint64_t counts_epoch;
+  uint64_t pad[11];
+};
+
 }  // namespace wideep::two_hop

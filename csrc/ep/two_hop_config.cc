@@ -1,0 +1,95 @@
+#include "csrc/ep/two_hop_config.h"
+
+#include <algorithm>
+#include <string>
+
+#include "csrc/ep/two_hop_plan.h"
+
+namespace wideep::two_hop {
+namespace {
+
+/// Tokens that a ring holds, and to a put. Few, so that all rings of a GPU stay in its cache: there
+/// are many channels.
+constexpr int kSlots = 4;
+constexpr int kBatch = 2;
+
+Status NodesWithout(const GroupShape& shape, uint32_t masked, Nodes& nodes) {
+  std::vector<int> sizes;
+  int last = -1;
+  for (int rank = 0; rank < shape.arena.num_ranks; ++rank) {
+    const int node = shape.node_of_rank[rank];
+    if ((masked >> rank & 1) != 0) continue;
+    if (node != last) sizes.push_back(0);
+    ++sizes.back();
+    last = node;
+  }
+  return MakeNodes(sizes, nodes);
+}
+
+/// Most ends of rings of a channel, each with a warp of its own, and one warp beside them.
+int WarpsPerChannel(const Nodes& nodes) {
+  int most = 0;
+  for (int rank = 0; rank < nodes.num_ranks; ++rank) {
+    int sources = 0;
+    for (int input = 0; input < nodes.num_inputs(); ++input) {
+      if (input / nodes.fan == nodes.NodeOf(rank)) continue;
+      sources += nodes.SourceOf(rank, input) >= 0;
+    }
+    most = std::max(most, nodes.num_nodes - 1 + sources + 1);
+  }
+  return most;
+}
+
+int64_t BytesOf(const Config& config) {
+  return Layout(config).num_bytes() + static_cast<int64_t>(sizeof(RankState));
+}
+
+}  // namespace
+
+Status MakeConfig(const GroupShape& shape, uint32_t masked, int64_t num_bytes, Config& config) {
+  const ArenaConfig& arena = shape.arena;
+  config = Config();
+  if (Status status = NodesWithout(shape, masked, config.nodes); !status.ok()) return status;
+  config.num_experts = arena.num_experts;
+  config.node_slots = 0;
+  config.slot_bytes = (SlotHeaderBytes(arena.top_k) + arena.max_row_bytes + 127) / 128 * 128;
+  config.across_slots = kSlots;
+  config.across_batch = kBatch;
+  const int num_warps = arena.num_sms * kWarpsPerBlock;
+  const int warps_per_channel = WarpsPerChannel(config.nodes);
+  if (num_warps < warps_per_channel) {
+    return Status::InvalidArgument(
+        "nodes: expected num_sms of at least " +
+        std::to_string((warps_per_channel + kWarpsPerBlock - 1) / kWarpsPerBlock) + " for " +
+        std::to_string(config.nodes.num_nodes) + " nodes of up to " +
+        std::to_string(config.nodes.max_node_ranks) + " ranks, got " +
+        std::to_string(arena.num_sms) + "; raise num_sms on the ExpertGroup");
+  }
+  config.num_channels = num_warps / warps_per_channel;
+  if (num_bytes == 0) return Status();
+  // Ranks left in nodes of very different sizes need more rings: shorter ones, then fewer.
+  while (BytesOf(config) > num_bytes && config.across_slots > 1) {
+    config.across_batch = std::min(config.across_batch, --config.across_slots);
+  }
+  while (BytesOf(config) > num_bytes && config.num_channels > 1) --config.num_channels;
+  if (BytesOf(config) > num_bytes) {
+    return Status::InvalidArgument("nodes: expected " + std::to_string(BytesOf(config)) +
+                                   " bytes of registered memory, got " + std::to_string(num_bytes));
+  }
+  return Status();
+}
+
+Status MemoryBytes(const GroupShape& shape, int64_t& num_bytes) {
+  Config config;
+  if (Status status = MakeConfig(shape, 0, 0, config); !status.ok()) return status;
+  num_bytes = BytesOf(config);
+  // The least that may do for the worst case: one rank left of a node.
+  config.nodes.fan = config.nodes.max_node_ranks;
+  config.num_channels = 1;
+  config.across_slots = 1;
+  config.across_batch = 1;
+  num_bytes = std::max(num_bytes, BytesOf(config));
+  return Status();
+}
+
+}  // namespace wideep::two_hop

@@ -1,0 +1,27 @@
+// How the exchange between nodes is set up on a rank: nodes among the ranks that are not masked,
+// and rings that its warps and its registered memory have room for. The same on every rank.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "csrc/core/layout.h"
+#include "csrc/core/status.h"
+#include "csrc/ep/two_hop_layout.h"
+
+namespace wideep::two_hop {
+
+struct GroupShape {
+  /// Of it: num_ranks, num_experts, top_k, max_row_bytes, num_sms.
+  ArenaConfig arena{};
+  std::vector<int> node_of_rank;  // [num_ranks], never falling
+};
+
+/// Without the ranks whose bit is set, in at most `num_bytes` of memory (0: as much as is good).
+/// Fails if a rank has too few warps for its ends of rings, or the memory does not suffice.
+Status MakeConfig(const GroupShape& shape, uint32_t masked, int64_t num_bytes, Config& config);
+
+/// Registered memory that a rank needs, for any ranks that may be masked later.
+Status MemoryBytes(const GroupShape& shape, int64_t& num_bytes);
+
+}  // namespace wideep::two_hop

@@ -1,0 +1,286 @@
+// What a rank's kernels know in the exchange between nodes, and the rings of two_hop_layout.h for
+// warps: one warp runs one Stage of two_hop_protocol.h, or works without rings.
+//
+// Numbers and ranks. Nodes, rings and slots speak of numbers: the ranks that are not masked, in
+// order. Exchange, plans and buffers speak of ranks.
+//
+// Within a node everything is as on one node (exchange_protocol.cuh, PeerContext::node_ranks):
+// Begin, Finish, and buffers that are mapped. Between nodes there are only rings and counts in
+// registered memory, at the same place on every rank, and the abort word. `Net`, as seen by a
+// kernel; offsets from the start of that memory, the same on every rank:
+//
+//   void PutWarp(int rank, int64_t to, const char* from, int64_t bytes, int64_t signal, uint64_t v)
+//        all lanes; copies, later or now, then sets the word at `signal` to v. `from` lies in this
+//        rank's memory
+//   void Add(int rank, int64_t word, uint64_t v)       one thread; adds to a word
+//   void PutControl(int rank, int64_t offset, uint32_t v)   one thread; a word of the rank's arena
+//
+// Memory order. Before a put and before an addition lane 0 fences at system scope, after a warp
+// barrier: what all lanes wrote (read) comes before. Words are acquired by lane 0, and a warp
+// barrier passes that on. Bulk copies are completed by the stage (EndReads, EndWrites).
+//
+// A wait that lasts too long ends as on one node, and whoever gives up or sees that another rank
+// did tells all ranks on other nodes.
+#pragma once
+
+#include <cstddef>
+
+#include "csrc/ep/exchange_protocol.cuh"
+#include "csrc/ep/two_hop_layout.h"
+#include "csrc/ep/two_hop_protocol.h"
+
+namespace wideep::two_hop {
+
+/// One rank, by value in every kernel's parameters.
+struct Context {
+  Layout layout;
+  char* memory = nullptr;  // layout.num_bytes(), then a RankState
+  int32_t number = -1;     // this rank's; -1: it is masked
+  int8_t rank_of[kMaxRanks] = {};
+  int8_t number_of[kMaxRanks] = {};  // -1: masked
+};
+
+/// `Op`: DispatchParams, ..
+template <typename Op, typename Net>
+struct Params {
+  Op op;
+  Context context;
+  Net net;
+};
+
+/// One thread's view of its rank, which takes part (is not masked).
+template <typename Net>
+class Rank {
+ public:
+  __device__ Rank(const Context& context, const Net& net, Exchange& exchange)
+      : context_(context),
+        net_(net),
+        exchange_(exchange),
+        node_(context.layout.config().nodes.NodeOf(context.number)) {}
+
+  __device__ const Layout& layout() const { return context_.layout; }
+  __device__ const Config& config() const { return context_.layout.config(); }
+  __device__ const Nodes& nodes() const { return config().nodes; }
+  __device__ Exchange& exchange() const { return exchange_; }
+  __device__ int number() const { return context_.number; }
+  __device__ int node() const { return node_; }
+  __device__ int RankOf(int number) const { return context_.rank_of[number]; }
+  /// -1 for no rank (-1) and for one that is masked.
+  __device__ int NumberOf(int rank) const { return rank < 0 ? -1 : context_.number_of[rank]; }
+  /// The rank of a host in this node, as slots name it.
+  __device__ int HostRank(int index) const { return RankOf(nodes().first_rank[node_] + index); }
+
+  /// Warps of the launch, numbered so that neighbours lie in different blocks. Kernels give the
+  /// first ones a Stage each, num_channels to each ring's end that the rank has.
+  __device__ int warp() const {
+    return static_cast<int>(threadIdx.x / 32 * gridDim.x + blockIdx.x);
+  }
+  __device__ int num_warps() const { return static_cast<int>(blockDim.x / 32 * gridDim.x); }
+  /// The i-th of the num_nodes - 1 other nodes.
+  __device__ int OtherNode(int i) const { return i < node_ ? i : i + 1; }
+  /// The number of the i-th rank on another node that this rank stands for; -1: there are fewer.
+  __device__ int SourceOf(int i) const {
+    for (int input = 0; input < nodes().num_inputs(); ++input) {
+      if (input / nodes().fan == node_) continue;
+      const int source = nodes().SourceOf(number(), input);
+      if (source >= 0 && i-- == 0) return source;
+    }
+    return -1;
+  }
+  __device__ int num_sources() const {
+    int count = 0;
+    while (SourceOf(count) >= 0) ++count;
+    return count;
+  }
+
+  /// Own registered memory.
+  __device__ char* At(int64_t offset) const { return context_.memory + offset; }
+  __device__ RankState* state() const {
+    return reinterpret_cast<RankState*>(At(layout().num_bytes()));
+  }
+
+  /// Acquires a word of own registered memory. All lanes get the same.
+  __device__ uint64_t Load(int64_t word) const {
+    uint64_t v = 0;
+    if (threadIdx.x % 32 == 0) v = ptx::ld_acquire_sys_u64(reinterpret_cast<uint64_t*>(At(word)));
+    v = __shfl_sync(~0u, v, 0);
+    __syncwarp();  // lane 0's acquire, for all; a shuffle does not order memory
+    return v;
+  }
+  /// Releases what all lanes wrote, and puts bytes [from, from + num_bytes) of own registered
+  /// memory to `to` at another rank, then the word. All lanes.
+  __device__ void Put(int number, int64_t to, int64_t from, int64_t num_bytes, int64_t word,
+                      uint64_t v) const {
+    Release();
+    net_.PutWarp(RankOf(number), to, At(from), num_bytes, word, v);
+  }
+  /// Releases what all lanes did, and adds to a word of another rank. All lanes.
+  __device__ void Add(int number, int64_t word, uint64_t v) const {
+    Release();
+    if (threadIdx.x % 32 == 0) net_.Add(RankOf(number), word, v);
+  }
+
+  /// Whether to end a wait that began at `begin` (globaltimer). All lanes.
+  __device__ bool Stops(uint64_t begin, Phase phase, int peer_number) const {
+    bool stops = false;
+    if (threadIdx.x % 32 == 0) {
+      stops = exchange_.Stops(begin, phase, RankOf(peer_number));
+      if (stops) PassOnAbort();
+    }
+    return __shfl_sync(~0u, stops, 0);
+  }
+  /// Tells ranks on other nodes if this rank has given up, or has seen that another one did. One
+  /// thread, at the end of every kernel, and wherever a wait was in vain.
+  __device__ void PassOnAbort() const {
+    const uint32_t word = ptx::ld_relaxed_sys_u32(&exchange_.control()->abort);
+    if (word == 0 || exchange_.IsMasked(AbortWord::Reporter(word))) return;
+    for (int other = 0; other < nodes().num_ranks; ++other) {
+      if (nodes().NodeOf(other) == node_) continue;
+      net_.PutControl(RankOf(other), static_cast<int64_t>(offsetof(Control, abort)), word);
+    }
+  }
+
+ private:
+  __device__ void Release() const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::fence_acq_rel_sys();
+    __syncwarp();
+  }
+
+  const Context& context_;
+  const Net& net_;
+  Exchange& exchange_;
+  const int node_;
+};
+
+/// A warp that runs one Stage, which has at most one output. All members: all lanes, whose state is
+/// the same. `Derived`:
+///
+///   RingPlace Input(int i) const, Output(int o) const   num_slots 0: there is none
+///   bool Next(Bits<kInputs>&), void Outputs(Bits<kOutputs>&), void Work()   as Stage asks; Work
+///                                           calls Wrote once for the slot that it fills
+///   void EndReads()                         before slots are freed: copies out of them are
+///   complete void EndWrites()                        before slots are put: copies into them are
+///
+/// Slots are num_bytes of Config::slot_bytes apart: a SlotHeader, its entries, from
+/// SlotHeaderBytes(top_k) on the row.
+template <typename Derived, typename Net, int kInputs, int kOutputs>
+class WarpStage {
+  static_assert(kOutputs <= 1, "one output");
+
+ public:
+  __device__ WarpStage(Rank<Net>& rank, Direction direction)
+      : rank_(rank), direction_(direction), lane_(threadIdx.x % 32) {}
+
+  /// To the end of the op. False: somebody gave up.
+  __device__ bool Run() {
+    for (int i = 0; i < kInputs; ++i) {
+      const RingPlace ring = self().Input(i);
+      if (ring.num_slots > 0) stage_.in[i].Begin(Word(ring.taken), ring.num_slots);
+    }
+    for (int o = 0; o < kOutputs; ++o) {
+      const RingPlace ring = self().Output(o);
+      if (ring.num_slots > 0) stage_.out[o].Begin(Word(ring.sent), ring.num_slots, ring.batch);
+    }
+    __syncwarp();  // lane 0 writes these words at the end
+    uint64_t begin = 0;
+    uint32_t waits = 0;
+    for (Progress progress = stage_.Step(self()); progress != Progress::kDone;
+         progress = stage_.Step(self())) {
+      if (progress == Progress::kMoved) {
+        waits = 0;
+      } else if (waits++ == 0) {
+        begin = ptx::globaltimer();
+      } else if (waits % 64 == 0) {
+        const bool for_input = stage_.phase == decltype(stage_)::kInputs;
+        const int peer =
+            for_input ? self().Input(stage_.ready).sender : self().Output(stage_.ready).receiver;
+        if (rank_.Stops(begin, for_input ? Phase::kRingTail : Phase::kRingHead, peer)) return false;
+      }
+    }
+    if (lane_ == 0) {
+      for (int i = 0; i < kInputs; ++i) {
+        const RingPlace ring = self().Input(i);
+        if (ring.num_slots > 0) Word(ring.taken) = stage_.in[i].taken;
+      }
+      for (int o = 0; o < kOutputs; ++o) {
+        const RingPlace ring = self().Output(o);
+        if (ring.num_slots > 0) Word(ring.sent) = stage_.out[o].sent;
+      }
+      if (tokens_put_ > 0) {
+        const int way = static_cast<int>(direction_);
+        atomicAdd(&rank_.state()->tokens_put[way], tokens_put_);
+      }
+      if (bytes_put_ > 0) {
+        const int way = static_cast<int>(direction_);
+        atomicAdd(&rank_.state()->bytes_put[way], bytes_put_);
+      }
+    }
+    return true;
+  }
+
+  // ---- for Stage ----
+
+  __device__ uint64_t Arrived(int i, uint32_t slot) {
+    return rank_.Load(self().Input(i).arrived + int64_t{slot} * 8);
+  }
+  __device__ void Free(int i, uint64_t tokens) {
+    self().EndReads();
+    const RingPlace ring = self().Input(i);
+    rank_.Add(ring.sender, ring.credits, tokens);
+  }
+  __device__ uint64_t Credits(int o) { return rank_.Load(self().Output(o).credits); }
+  __device__ void HandOver(int o, uint64_t first, uint64_t end) {
+    self().EndWrites();
+    const RingPlace ring = self().Output(o);
+    const int64_t slot_bytes = rank_.config().slot_bytes;
+    const auto slot = static_cast<int64_t>(first % ring.num_slots);
+    // Slots lie next to each other; the last one goes as far as it is filled.
+    const int64_t bytes = static_cast<int64_t>(end - first - 1) * slot_bytes + last_slot_bytes_;
+    rank_.Put(ring.receiver, ring.slots + slot * slot_bytes, ring.staging + slot * slot_bytes,
+              bytes, ring.arrived + slot * 8, end);
+    bytes_put_ += static_cast<unsigned long long>(bytes);
+  }
+  __device__ void Outputs(Bits<kOutputs>& outputs) {
+    if (kOutputs > 0) outputs.Set(0);
+  }
+  __device__ void EndReads() {}
+  __device__ void EndWrites() {}
+  __device__ RingPlace Input(int) const { return {}; }
+  __device__ RingPlace Output(int) const { return {}; }
+
+ protected:
+  /// The slot of input i that Work reads.
+  __device__ const char* InputSlot(int i) const {
+    return rank_.At(self().Input(i).slots +
+                    int64_t{stage_.InputSlot(i)} * rank_.config().slot_bytes);
+  }
+  /// The slot that Work writes, in staging memory.
+  __device__ char* OutputSlot() const {
+    return rank_.At(self().Output(0).staging +
+                    int64_t{stage_.OutputSlot(0)} * rank_.config().slot_bytes);
+  }
+  /// `num_bytes`: of the slot that Work has filled, a multiple of 16.
+  __device__ void Wrote(int64_t num_bytes, bool has_row) {
+    last_slot_bytes_ = num_bytes;
+    tokens_put_ += has_row;
+  }
+
+  Rank<Net>& rank_;
+  const Direction direction_;
+  const int lane_;
+
+ private:
+  __device__ Derived& self() { return *static_cast<Derived*>(this); }
+  __device__ const Derived& self() const { return *static_cast<const Derived*>(this); }
+  __device__ uint64_t& Word(int64_t offset) const {
+    return *reinterpret_cast<uint64_t*>(rank_.At(offset));
+  }
+
+  Stage<kInputs, kOutputs> stage_{};
+  int64_t last_slot_bytes_ = 0;
+  unsigned long long tokens_put_ = 0;
+  unsigned long long bytes_put_ = 0;
+};
+
+}  // namespace wideep::two_hop
