@@ -11,12 +11,9 @@
 #include "csrc/ep/combine_host.h"
 #include "csrc/ep/dispatch.h"
 #include "csrc/ep/dispatch_host.h"
-#include "csrc/ep/plan.h"
-#include "csrc/ep/plan_host.h"
 #include "tests/cpp/check.h"
-#include "tests/cpp/exchange_testing.h"
 #include "tests/cpp/number_formats.h"
-#include "tests/kernels/virtual_ranks.h"
+#include "tests/kernels/plan_arrays.h"
 
 namespace wideep {
 namespace testing {
@@ -60,9 +57,7 @@ inline std::string Describe(const GroupSettings& group, const ExchangeCase& c) {
 }
 
 /// One rank's arrays on the host, as the host's ops fill them.
-struct HostRank {
-  std::vector<int32_t> topk_idx, group_sizes, num_rows, overflow, tokens_per_expert, dest_rank,
-      dest_row, row_source, arrival_rows, rows_per_source;
+struct HostRank : HostPlan {
   std::vector<float> weights, row_weights, drow_weights_in, dweights, drow_weights;
   std::vector<char> x, rows, y, out, dx, dout, dy;
 };
@@ -90,17 +85,7 @@ class HostExchange {
     std::vector<DispatchGradBuffers> dispatch_grad;
     std::vector<CombineGradBuffers> combine_grad;
     for (HostRank& r : ranks) {
-      r.topk_idx = ChooseExperts(random, c.routing, c.num_tokens, group.top_k, group.num_experts,
-                                 group.num_ranks);
-      r.group_sizes.resize(group.num_experts / group.num_ranks);
-      r.num_rows.resize(1);
-      r.overflow.resize(1);
-      r.tokens_per_expert.resize(group.num_experts);
-      r.dest_rank.resize(selections);
-      r.dest_row.resize(selections);
-      r.row_source.resize(capacity);
-      r.arrival_rows.resize(capacity);
-      r.rows_per_source.resize(group.num_ranks);
+      r.Draw(random, group, c.routing, c.num_tokens, capacity);
       r.x = rows_of(c.num_tokens);
       r.dout = rows_of(c.num_tokens);
       r.y = rows_of(capacity);
@@ -113,9 +98,7 @@ class HostExchange {
       r.row_weights.resize(capacity);
       r.drow_weights.resize(capacity);
       r.dweights.resize(selections);
-      plan.push_back({r.topk_idx.data(), r.group_sizes.data(), r.num_rows.data(), r.overflow.data(),
-                      r.tokens_per_expert.data(), r.dest_rank.data(), r.dest_row.data(),
-                      r.row_source.data(), r.arrival_rows.data(), r.rows_per_source.data()});
+      plan.push_back(r.Buffers());
       dispatch.push_back({r.x.data(), r.weights.data(), r.dest_rank.data(), r.dest_row.data(),
                           r.num_rows.data(), r.rows.data(), r.row_weights.data()});
       combine.push_back(
@@ -153,20 +136,6 @@ class HostExchange {
   std::vector<HostRank> ranks;
   int64_t capacity;
 };
-
-template <typename T>
-void CheckSame(const char* name, int rank, const std::vector<T>& got, const T* want,
-               int64_t count) {
-  int64_t wrong = 0;
-  for (int64_t i = 0; i < count; ++i) wrong += std::memcmp(&got[i], &want[i], sizeof(T)) != 0;
-  if (wrong == 0) return;
-  const auto first = static_cast<int64_t>(
-      std::mismatch(got.begin(), got.begin() + count, want).first - got.begin());
-  check::Fail(__FILE__, __LINE__,
-              std::string(name) + " of rank " + std::to_string(rank) + ": " +
-                  std::to_string(wrong) + " of " + std::to_string(count) +
-                  " are wrong, the first at " + std::to_string(first));
-}
 
 /// Rows whose sums were rounded once more on the way.
 inline void CheckNearRows(const char* name, int rank, DType dtype, const std::vector<char>& got,
@@ -354,20 +323,7 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
       CHECK(std::all_of(rows.begin(), rows.end(), [](char byte) { return byte == '\xa5'; }));
       continue;
     }
-    const auto same_ints = [&](const char* name, const int32_t* got,
-                               const std::vector<int32_t>& want) {
-      CheckSame(name, rank, ranks.Read(got, static_cast<int64_t>(want.size())), want.data(),
-                static_cast<int64_t>(want.size()));
-    };
-    same_ints("group_sizes", d.plan.group_sizes, h.group_sizes);
-    same_ints("num_rows", d.plan.num_rows, h.num_rows);
-    same_ints("overflow", d.plan.overflow, h.overflow);
-    same_ints("tokens_per_expert", d.plan.tokens_per_expert, h.tokens_per_expert);
-    same_ints("dest_rank", d.plan.dest_rank, h.dest_rank);
-    same_ints("dest_row", d.plan.dest_row, h.dest_row);
-    same_ints("row_source", d.plan.row_source, h.row_source);
-    same_ints("arrival_rows", d.plan.arrival_rows, h.arrival_rows);
-    same_ints("rows_per_source", d.plan.rows_per_source, h.rows_per_source);
+    CheckPlan(ranks, rank, d.plan, h);
 
     // Rows past the last one are zero, or untouched.
     const int64_t filled = h.num_rows[0];
