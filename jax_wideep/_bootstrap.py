@@ -26,7 +26,8 @@ from typing import Any, Protocol
 # Groups that this process has begun to make, by the processes that take part.
 _meetings: Counter[tuple[int, ...]] = Counter()
 
-#: How long processes wait for each other at the most while a group is made.
+#: How long processes wait for each other at the most while a group is made; it is the group's deadline, or what a
+#: transport needs at the least, if that is less.
 TIMEOUT_S = 120.0
 
 _MAX_DESCRIPTORS = 250  # the kernel takes 253 a message
@@ -167,6 +168,11 @@ class Bootstrap:
                 sender, received[other] = _receive(peer, token)
                 if sender != other:
                     raise BootstrapError(f"expected descriptors of process {other}, got process {sender}'s")
+
+
+def timeout_s(deadline_s: float, shortest_s: float) -> float:
+    """Of the meeting in which a group with this deadline is made."""
+    return min(max(deadline_s, shortest_s), TIMEOUT_S)
 
 
 def host_id() -> str:

@@ -82,7 +82,7 @@ def connect(settings: HostSettings) -> HostTransport | None:
     """
     devices, this = settings.devices, jax.process_index()
     processes = sorted({device.process_index for device in devices.flat})
-    timeout_s = min(max(settings.deadline_s, _SHORTEST_WAIT_S), _bootstrap.TIMEOUT_S)
+    timeout_s = _bootstrap.timeout_s(settings.deadline_s, _SHORTEST_WAIT_S)
     meeting = _bootstrap.Bootstrap(processes, this, _ffi.coordination_client(), timeout_s)
     module = _ffi.cpu_module()
     hello = meeting.all_gather("hello", _introduce(module, settings))

@@ -22,6 +22,9 @@ Transport = Literal["auto", "peer", "nvshmem"]
 CombineForm = Literal["auto", "pull", "push", "reduce"]
 
 _DEFAULT_NUM_SMS = 32
+# Set-up waits for the other processes as long as an exchange does, but not less than this: the first use of a GPU and
+# of the module takes its time.
+_SHORTEST_WAIT_S = 10.0
 _MIN_COMPUTE_CAPABILITY = 90
 # From this many rows of a token at a rank on, sending it there once is worth a second pass over the rows: the
 # extra pass reads and writes in the memory of the receiver, which is about ten times faster than the link.
@@ -109,8 +112,9 @@ def connect(settings: PeerSettings) -> PeerTransport:
     """
     module = _ffi.cuda_module()
     processes = {device.process_index for device in settings.devices.flat}
+    timeout_s = _bootstrap.timeout_s(settings.deadline_s, _SHORTEST_WAIT_S)
     meeting = _bootstrap.Bootstrap(
-        sorted(processes), jax.process_index(), _ffi.coordination_client(), _bootstrap.TIMEOUT_S
+        sorted(processes), jax.process_index(), _ffi.coordination_client(), timeout_s
     )
     places = [
         _Place(rank, subgroup, device)
@@ -150,6 +154,8 @@ def connect(settings: PeerSettings) -> PeerTransport:
             _map_peers(meeting, places, ranks, memory, arena)
         else:
             ranks[0].finish()  # low-latency calls only, which use the arenas alone
+    except _bootstrap.BootstrapError:  # a process is missing: it would be missed again below
+        raise
     except (RuntimeError, OSError) as caught:
         error = str(caught)
     # Nobody launches before everybody has mapped everything.
