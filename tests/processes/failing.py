@@ -2,7 +2,8 @@
 
     failing.py WHERE VICTIM SIGNAL DEADLINE_S
 
-Each of the others prints "raised after SECONDS: MESSAGE", and then what it still shares.
+WHERE is dispatch, combine, between (two steps), set-up, or none. Each of the others prints "raised after SECONDS:
+MESSAGE", and then what it still shares. On GPUs a kernel cannot raise; there the next op does, or `check()`.
 """
 
 from __future__ import annotations
@@ -11,105 +12,151 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import io_callback
 from jax.sharding import NamedSharding, PartitionSpec
+from leaving import leave
 
 import jax_wideep as wep
-from jax_wideep import _bootstrap, launch
+from jax_wideep import _bootstrap, _ffi, launch
+from jax_wideep.bench import measure
 
-TOKENS, HIDDEN = 4, 128
-SPEC = PartitionSpec("expert")
+TOKENS, TOP_K, HIDDEN = 4, 2, 128
+GOOD_STEPS = 3
+PLATFORM = os.environ.get("WIDEEP_PLATFORM", "cpu")
+# Jobs side by side share a GPU, and the blocks of all of them must run at once.
+GPU_SETTINGS = {"num_sms": 4}
+# An exchange of another rank of this process may hold the memory until its own deadline.
+LONGEST_HOLD_S = 60.0
+
+Step = Callable[[bool], None]  # whether it is the fatal one
 
 
 def main() -> None:
     where, victim, number, deadline_s = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
-    wep.use_cpu_devices(int(os.environ["WIDEEP_DEVICES"]))
-    launch.initialize()
-    doomed = jax.process_index() == victim
-    if doomed and where == "set-up":
-        come_to_harm_in_set_up(number)
-    devices = jax.devices()
-    mesh = jax.make_mesh((len(devices),), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    if PLATFORM == "cpu":
+        wep.use_cpu_devices(int(os.environ["WIDEEP_DEVICES"]))
+        launch.initialize()
+    else:
+        launch.initialize(local_device_ids=[0])
+
+    def strike() -> None:
+        if jax.process_index() == victim:
+            os.kill(os.getpid(), getattr(signal, number))
+
+    if where == "set-up":
+        strike_in_set_up(strike)
+    ranks = jax.device_count()
+    mesh = jax.make_mesh((ranks,), (measure.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    settings = {"num_experts": TOP_K * ranks, "top_k": TOP_K, "hidden": HIDDEN, "deadline_s": deadline_s}
     began = time.monotonic()
     try:
-        with wep.ExpertGroup(
-            mesh, num_experts=2 * len(devices), top_k=2, hidden=HIDDEN, deadline_s=deadline_s
-        ) as group:
-            assert group.backend == "cpu"
-            began = run(group, where, doomed, number)
+        with wep.ExpertGroup(mesh, **settings, **({} if PLATFORM == "cpu" else GPU_SETTINGS)) as group:
+            assert group.backend == PLATFORM, group.backend
+            whole = PLATFORM == "cpu" and "WIDEEP_APART" not in os.environ
+            step = (make_step if whole else make_steps)(group, where, strike)
+            for _ in range(GOOD_STEPS):
+                step(False)
+            if where == "between":
+                strike()
+            began = time.monotonic()
+            step(True)
+            group.check()
         print("nothing raised")
     except Exception as error:
         print(f"raised after {time.monotonic() - began:.2f}: {type(error).__name__}: {error}", flush=True)
-    # An exchange of another rank of this process may still hold the memory until its own deadline.
-    until = time.monotonic() + deadline_s + 2
+    until = time.monotonic() + LONGEST_HOLD_S
     while shared_memory() and time.monotonic() < until:
         time.sleep(0.05)
-    print(f"shared: {shared_memory()}", flush=True)
-    os._exit(0)  # JAX would wait for the victim
+    print(f"shared: {shared_memory()}")
+    leave()
 
 
-def run(group: wep.ExpertGroup, where: str, doomed: bool, number: str) -> float:
-    """Three good steps, then one more; returns when that one began."""
+def draw(group: wep.ExpertGroup, *tokens: int) -> list[jax.Array]:
+    """x, weights and topk_idx of all ranks, [*tokens, ..]."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(*tokens, HIDDEN)).astype(np.float32)
+    weights = rng.random((*tokens, TOP_K)).astype(np.float32)
+    topk_idx = np.argsort(rng.random((*tokens, group.num_experts)), axis=-1)[..., :TOP_K]
+    return [measure.put(group.mesh, array) for array in (x, weights, topk_idx.astype(np.int32))]
 
-    def strike(fatal, x):
-        if doomed and fatal and where in ("dispatch", "combine"):
-            os.kill(os.getpid(), getattr(signal, number))
+
+def make_step(group: wep.ExpertGroup, where: str, strike: Callable[[], None]) -> Step:
+    """All ops in one program; the last rank strikes from within it, when another of its process may be further."""
+
+    def struck(fatal, x):
+        if fatal:
+            strike()
         return x
 
     def harm(op, x, fatal):
-        # One device of the victim: another one may have come to the exchange already.
         if op != where:
             return x
-        last = jax.lax.axis_index("expert") == jax.device_count() - 1
-        return io_callback(strike, jax.ShapeDtypeStruct(x.shape, x.dtype), fatal & last, x)
+        last = jax.lax.axis_index(group.axis) == group.num_ranks - 1
+        return io_callback(struck, jax.ShapeDtypeStruct(x.shape, x.dtype), fatal[0] & last, x)
 
     def body(x, weights, topk_idx, fatal):
         plan = wep.make_plan(topk_idx, group)
-        rows, row_weights = wep.dispatch(harm("dispatch", x, fatal[0]), weights, plan)
-        return wep.combine(harm("combine", rows, fatal[0]), row_weights, plan)
+        rows, row_weights = wep.dispatch(harm("dispatch", x, fatal), weights, plan)
+        return wep.combine(harm("combine", rows, fatal), row_weights, plan)
 
-    step = jax.jit(
-        jax.shard_map(
-            body,
+    step = measure.on_ranks(group.mesh, body, check_vma=False)
+    arrays = draw(group, group.num_ranks * TOKENS)
+    flags = {on: measure.put(group.mesh, np.full(group.num_ranks, on)) for on in (False, True)}
+    compiled = step.lower(*arrays, flags[False]).compile()
+    meet("compiled")
+    return lambda fatal: jax.block_until_ready(compiled(*arrays, flags[fatal]))
+
+
+def make_steps(group: wep.ExpertGroup, where: str, strike: Callable[[], None]) -> Step:
+    """A program for each op; the victim strikes between them, when it has nothing under way on its device."""
+    place = NamedSharding(group.mesh, PartitionSpec(group.axis))
+
+    def compiled(body: Callable[..., Any], *shapes: Any) -> tuple[Callable[..., Any], Any]:
+        """The program, and the shapes of what it returns."""
+        function = jax.shard_map(
+            lambda *arrays: measure.stack(body(*measure.unstack(arrays))),
             mesh=group.mesh,
-            in_specs=(SPEC, SPEC, SPEC, PartitionSpec()),
-            out_specs=SPEC,
-            check_vma=False,
+            in_specs=PartitionSpec(group.axis),
+            out_specs=PartitionSpec(group.axis),
         )
-    )
-    ranks = group.num_ranks
-    rng = np.random.default_rng(0)
-    x, weights = rng.normal(size=(ranks * TOKENS, HIDDEN)), rng.random((ranks * TOKENS, 2))
-    topk_idx = np.argsort(rng.random((ranks * TOKENS, 2 * ranks)), axis=1)[:, :2]
-    arrays = [
-        put(group.mesh, SPEC, a)
-        for a in (x.astype(np.float32), weights.astype(np.float32), topk_idx.astype(np.int32))
-    ]
-    fatal = {on: put(group.mesh, PartitionSpec(), np.array([on])) for on in (False, True)}
-    for _ in range(3):
-        jax.block_until_ready(step(*arrays, fatal[False]))
-    print("running", flush=True)
-    if doomed and where == "between":
-        os.kill(os.getpid(), getattr(signal, number))
-    began = time.monotonic()
-    jax.block_until_ready(step(*arrays, fatal[True]))
-    return began
+        program = jax.jit(function, in_shardings=place, out_shardings=place).lower(*shapes).compile()
+        return program, jax.eval_shape(function, *shapes)
+
+    x, weights, topk_idx = draw(group, group.num_ranks, TOKENS)
+    make_plan, plan_shapes = compiled(lambda topk_idx: wep.make_plan(topk_idx, group), topk_idx)
+    dispatch, row_shapes = compiled(wep.dispatch, x, weights, plan_shapes)
+    combine, _ = compiled(wep.combine, *row_shapes, plan_shapes)
+    meet("compiled")
+
+    def step(fatal: bool) -> None:
+        plan = jax.block_until_ready(make_plan(topk_idx))
+        if fatal and where == "dispatch":
+            strike()
+        rows = jax.block_until_ready(dispatch(x, weights, plan))
+        if fatal and where == "combine":
+            strike()
+        jax.block_until_ready(combine(*rows, plan))
+
+    return step
 
 
-def put(mesh, spec, array):
-    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda at: array[at])
+def meet(name: str) -> None:
+    """So that no time that a process takes to compile counts against the deadline."""
+    _ffi.coordination_client().wait_at_barrier(name, 100_000)
 
 
-def come_to_harm_in_set_up(number: str) -> None:
+def strike_in_set_up(strike: Callable[[], None]) -> None:
+    """When the victim's memory is made, and nobody else has it."""
     gather = _bootstrap.Bootstrap.all_gather
 
     def all_gather(meeting, step, record):
-        if step == "descriptors":  # the arena is made, and nobody else has it
-            print("running", flush=True)
-            os.kill(os.getpid(), getattr(signal, number))
+        if step == "descriptors":
+            strike()
         return gather(meeting, step, record)
 
     _bootstrap.Bootstrap.all_gather = all_gather

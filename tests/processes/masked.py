@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
-from leaving import leave
 from jax.sharding import NamedSharding, PartitionSpec
+from leaving import leave
 
 import jax_wideep as wep
 from jax_wideep import launch
