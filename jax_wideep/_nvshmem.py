@@ -35,12 +35,15 @@ class Arena:
     Attributes:
       address: of its own arena.
       addresses: [ranks] where this rank writes to each arena: the arena itself, or its mirror.
-      relay: a capsule for open_group; None if every rank has an address.
+      mirrored: [ranks] whether it is the mirror: the rank is on another node.
+      across: what carries exchanges between nodes, capsules for open_group: the relay of the low-latency shape and the
+        two-hop exchange of the throughput shape. None on one node.
     """
 
     address: int
     addresses: list[int]
-    relay: Any | None
+    mirrored: list[bool]
+    across: tuple[Any, Any] | None
 
 
 def obstacle() -> str | None:
@@ -119,11 +122,17 @@ def node_of_rank(num_ranks: int, node_size: int | None, hosts: Sequence[str]) ->
     """The node of every rank: its host's, or, where node_size is given, consecutive ranks of that number.
 
     Raises:
-      ValueError: a node would span hosts.
+      ValueError: a node would span hosts, or its ranks would not be consecutive.
     """
     if node_size is None:
         names = list(dict.fromkeys(hosts))
-        return [names.index(host) for host in hosts]
+        nodes = [names.index(host) for host in hosts]
+        if nodes != sorted(nodes):
+            raise ValueError(
+                f"ExpertGroup: mesh: expected the ranks of each host to be consecutive, got ranks on hosts {nodes}; "
+                "order the mesh's devices by hosts, or set node_size"
+            )
+        return nodes
     nodes = [rank // node_size for rank in range(num_ranks)]
     for node in set(nodes):
         on = {hosts[rank] for rank in range(num_ranks) if nodes[rank] == node}
@@ -135,60 +144,69 @@ def node_of_rank(num_ranks: int, node_size: int | None, hosts: Sequence[str]) ->
     return nodes
 
 
-def mirrors_of(rank: int, nodes: Sequence[int], has_address: Sequence[bool]) -> list[int]:
-    """For every rank which of this rank's mirrors stands for it; -1: it is on this node and has an address."""
+def mirrors_of(rank: int, nodes: Sequence[int]) -> list[int]:
+    """For every rank which of this rank's mirrors stands for it; -1: it is on the same node."""
     mirrors, used = [], 0
-    for peer, node in enumerate(nodes):
-        if peer == rank or (node == nodes[rank] and has_address[peer]):
-            mirrors.append(-1)
-        else:
-            mirrors.append(used)
-            used += 1
+    for node in nodes:
+        mirrors.append(-1 if node == nodes[rank] else used)
+        used += node != nodes[rank]
     return mirrors
 
 
 def make_arena(
-    rank: int, nodes: list[int], pe_of_rank: Sequence[int], device: int, sizes: dict[str, int]
+    rank: int,
+    nodes: list[int],
+    all_nodes: Sequence[list[int]],
+    pe_of_rank: Sequence[int],
+    device: int,
+    sizes: dict[str, int],
 ) -> Arena:
-    """Memory for an arena and for the mirrors, and the relay. Collective.
+    """Memory for an arena, for mirrors and for the rings between nodes; relay and two-hop exchange. Collective.
 
     Args:
+      nodes: [ranks] the node of every rank of this group.
+      all_nodes: the same of all groups side by side, which join in.
       sizes: what gives an arena its size, by the names of `arena_bytes`.
 
     Raises:
-      RuntimeError: there is not enough memory.
+      RuntimeError: there is not enough memory, num_sms is too small for the nodes, or ranks of a node do not reach
+        each other's memory.
     """
     module, num_ranks = _module(), len(nodes)
     cuda = _ffi.cuda_module()
     assert cuda is not None
     arena_bytes = cuda.arena_bytes(num_ranks=num_ranks, **sizes)
-    # The same on every rank: mirrors for the one that has the fewest ranks on its node.
-    one_node = len(set(nodes)) == 1
-    most = num_ranks - min(nodes.count(node) for node in nodes)
-    memory = module.allocate(device, (1 + most) * arena_bytes + 128)
+    ring_bytes = max(
+        module.two_hop_bytes(node_of_rank=group, **sizes) if len(set(group)) > 1 else 0 for group in all_nodes
+    )
+    # NVSHMEM wants the same on every PE: mirrors for the rank that has the fewest others on its node.
+    most_mirrors = num_ranks - min(group.count(node) for group in all_nodes for node in group)
+    memory = module.allocate(device, (1 + most_mirrors) * arena_bytes + 128)
+    rings = module.allocate(device, ring_bytes) if ring_bytes > 0 else None
+
     there = [memory.address_on(pe) for pe in pe_of_rank]
-    mirrors = mirrors_of(rank, nodes, [address != 0 for address in there])
-    if max(mirrors) >= most:
+    mirrors = mirrors_of(rank, nodes)
+    out_of_reach = [
+        peer for peer, mirror in enumerate(mirrors) if mirror < 0 and peer != rank and there[peer] == 0
+    ]
+    if out_of_reach:
         raise RuntimeError(
-            f"nvshmem transport: ranks {[r for r, m in enumerate(mirrors) if m >= 0]} are on the node of rank {rank} "
-            "but cannot be reached by loads and stores; set node_size=1"
+            f"nvshmem transport: ranks {out_of_reach} are on the node of rank {rank} but cannot be reached by loads "
+            "and stores; set node_size=1"
         )
     addresses = [
         there[peer] if mirror < 0 else memory.address + (1 + mirror) * arena_bytes
         for peer, mirror in enumerate(mirrors)
     ]
     addresses[rank] = memory.address
-    relay = None
-    if not one_node:
-        relay = module.make_relay(
-            memory=memory,
-            rank=rank,
-            num_ranks=num_ranks,
-            pe_of_rank=list(pe_of_rank),
-            mirror_of_rank=mirrors,
-            **sizes,
+    across = None
+    if max(mirrors) >= 0:
+        where = {"rank": rank, "pe_of_rank": list(pe_of_rank), **sizes}
+        across = (
+            module.make_relay(memory=memory, num_ranks=num_ranks, mirror_of_rank=mirrors, **where),
+            module.make_two_hop(arena=memory, rings=rings, node_of_rank=nodes, **where),
         )
-    return Arena(memory.address, addresses, relay)
+    return Arena(memory.address, addresses, [mirror >= 0 for mirror in mirrors], across)
 
 
 def _module() -> ModuleType:

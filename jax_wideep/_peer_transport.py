@@ -95,6 +95,14 @@ class PeerTransport:
         """Leaves out `ranks`, takes back all others, and forgets errors: see _masking."""
         self._module.mask_group(self.handle, list(ranks))
 
+    def crossed(self) -> dict[str, int]:
+        """What this process's ranks have sent between nodes since the group was made or its mask changed.
+
+        `tokens_out` and `bytes_out` of dispatch and combine's gradient, `tokens_back` and `bytes_back` of combine and
+        dispatch's gradient; bytes with the slots' headers.
+        """
+        return self._module.group_crossed(self.handle)
+
     def close(self) -> None:
         """Waits for the GPUs of this process, at most the group's deadline, and frees the memory."""
         if not self.closed:
@@ -131,7 +139,12 @@ def connect(settings: PeerSettings) -> PeerTransport:
     dispatch_form, combine_form = choose_forms(settings, shares_memory)
 
     spans_processes = len(processes) > 1
-    arena = _join_nvshmem(meeting, hello, settings, places, num_sms) if nvshmem else None
+    arena, nodes = None, None
+    if nvshmem:
+        nodes = _nodes(meeting, hello, settings)
+        arena = _join_nvshmem(meeting, hello, settings, places, num_sms, nodes)
+        if _spans_nodes(nodes):
+            combine_form = "pull"  # there is one way over nodes, and it needs no scratch
     ranks, error = [], None
     try:
         ranks = [_allocate(module, settings, place, num_sms, spans_processes, arena) for place in places]
@@ -149,20 +162,21 @@ def connect(settings: PeerSettings) -> PeerTransport:
     )
     _bootstrap.raise_first_error(memory)
 
+    if nodes is not None:
+        _check_regions(meeting, memory, nodes)
+
     try:
-        if arena is None or arena.relay is None:
-            _map_peers(meeting, places, ranks, memory, arena)
-        else:
-            ranks[0].finish()  # low-latency calls only, which use the arenas alone
+        node_meeting = meeting if nodes is None else _meet_node(meeting, settings, places[0], nodes)
+        _map_peers(node_meeting, places, ranks, memory, arena)
     except _bootstrap.BootstrapError:  # a process is missing: it would be missed again below
         raise
     except (RuntimeError, OSError) as caught:
         error = str(caught)
     # Nobody launches before everybody has mapped everything.
     _bootstrap.raise_first_error(meeting.all_gather("ready", {"error": error}))
-    relays = [arena.relay] if arena is not None and arena.relay is not None else []
+    across_nodes = [arena.across] if arena is not None and arena.across is not None else []
     handle = module.open_group(
-        ranks, settings.deadline_s, settings.top_k, settings.zero_copy == "auto", relays
+        ranks, settings.deadline_s, settings.top_k, settings.zero_copy == "auto", across_nodes
     )
     return PeerTransport(module, handle, num_sms, dispatch_form, combine_form)
 
@@ -248,12 +262,76 @@ def _sizes(settings: PeerSettings, num_sms: int) -> dict[str, int]:
     }
 
 
+def _nodes(
+    meeting: _bootstrap.Bootstrap, hello: dict[int, dict[str, Any]], settings: PeerSettings
+) -> list[list[int]]:
+    """[groups side by side][ranks] the node of each; the same list, or the same error, on every process.
+
+    Raises:
+      ValueError: ranks are not on nodes as exchanges between nodes need them, or not asked for as they do.
+    """
+    try:
+        nodes = []
+        for side_by_side in settings.devices.T:
+            hosts = [hello[device.process_index]["host"] for device in side_by_side]
+            nodes.append(_nvshmem.node_of_rank(settings.num_ranks, settings.node_size, hosts))
+        if _spans_nodes(nodes) and settings.zero_copy == "off":
+            raise ValueError(
+                "ExpertGroup: zero_copy: expected 'auto' for a group over several nodes, whose ranks read and write "
+                "each other's rows in place within a node, got 'off'; use zero_copy='auto'"
+            )
+    except ValueError:
+        meeting.let_all_hear("hello")
+        raise
+    return nodes
+
+
+def _spans_nodes(nodes: list[list[int]]) -> bool:
+    return any(len(set(group)) > 1 for group in nodes)
+
+
+def _meet_node(
+    meeting: _bootstrap.Bootstrap, settings: PeerSettings, place: _Place, nodes: list[list[int]]
+) -> _bootstrap.Bootstrap:
+    """The processes of this rank's node: descriptors of memory go no further than a host."""
+    own = nodes[place.subgroup]
+    processes = {
+        device.process_index
+        for device, node in zip(settings.devices[:, place.subgroup], own, strict=True)
+        if node == own[place.rank]
+    }
+    return _bootstrap.Bootstrap(
+        sorted(processes), meeting.process, _ffi.coordination_client(), _bootstrap.TIMEOUT_S
+    )
+
+
+def _check_regions(
+    meeting: _bootstrap.Bootstrap, memory: dict[int, dict[str, Any]], nodes: list[list[int]]
+) -> None:
+    """Over several nodes, forwarders use the buffers of their node's ranks where they are.
+
+    Raises:
+      _bootstrap.UnavailableError: a rank's memory cannot be mapped; on every process.
+    """
+    for record in memory.values():
+        for rank in record["ranks"]:
+            group = nodes[rank["subgroup"]]
+            alone = group.count(group[rank["rank"]]) == 1
+            if _spans_nodes([group]) and not alone and not rank["regions"]:
+                meeting.let_all_hear("memory")
+                raise _bootstrap.UnavailableError(
+                    f"the group is over several nodes, and JAX's memory of rank {rank['rank']} cannot be mapped by the "
+                    "other ranks of its node; leave XLA_PYTHON_CLIENT_ALLOCATOR at its default"
+                )
+
+
 def _join_nvshmem(
     meeting: _bootstrap.Bootstrap,
     hello: dict[int, dict[str, Any]],
     settings: PeerSettings,
     places: Sequence[_Place],
     num_sms: int,
+    nodes: list[list[int]],
 ) -> _nvshmem.Arena:
     """This process's arena in NVSHMEM's memory."""
     obstacle = _nvshmem.obstacle()
@@ -262,15 +340,19 @@ def _join_nvshmem(
     records = meeting.all_gather("nvshmem", {"error": obstacle})
     _bootstrap.raise_first_error(records)
     place = places[0]
-    side_by_side = settings.devices[:, place.subgroup]
-    hosts = [hello[device.process_index]["host"] for device in side_by_side]
-    nodes = _nvshmem.node_of_rank(settings.num_ranks, settings.node_size, hosts)
     _nvshmem.start(meeting, place.device.local_hardware_id, [record["host"] for record in hello.values()])
     arena, error = None, None
     try:
-        pes = [meeting.processes.index(device.process_index) for device in side_by_side]
+        pes = [
+            meeting.processes.index(device.process_index) for device in settings.devices[:, place.subgroup]
+        ]
         arena = _nvshmem.make_arena(
-            place.rank, nodes, pes, place.device.local_hardware_id, _sizes(settings, num_sms)
+            place.rank,
+            nodes[place.subgroup],
+            nodes,
+            pes,
+            place.device.local_hardware_id,
+            _sizes(settings, num_sms),
         )
     except RuntimeError as caught:
         error = str(caught)
@@ -298,8 +380,9 @@ def _allocate(
         buffer_addresses=[buffer.unsafe_buffer_pointer()],
         arena_address=0 if arena is None else arena.address,
     )
-    for peer, address in enumerate(() if arena is None else arena.addresses):
-        rank.set_arena(peer, address)
+    if arena is not None:
+        for peer, (address, mirrored) in enumerate(zip(arena.addresses, arena.mirrored, strict=True)):
+            rank.set_arena(peer, address, mirrored)
     return rank
 
 
@@ -310,7 +393,7 @@ def _map_peers(
     memory: dict[int, dict[str, Any]],
     arena: _nvshmem.Arena | None,
 ) -> None:
-    """Maps every peer of every rank of this process; `arena`: another transport has the arenas."""
+    """Maps the ranks that meet for every rank of this process; `arena`: another transport has the arenas."""
     received: dict[int, list[int]] = {}
     own = [rank.take_descriptors() for rank in ranks]
     try:

@@ -62,13 +62,16 @@ class ExpertGroup:
         its rank, or at home, is not rounded. "auto" is pull.
       transport: on the backend "cuda": "peer" has GPUs of one host map each other's memory; "nvshmem" takes NVSHMEM's
         memory, which reaches other hosts too (one process for each GPU; `pip install nvidia-nvshmem-cu13`, and a build
-        with it). A group over several nodes has low-latency exchanges only, so "auto" is peer.
+        with it). Over several nodes a token crosses once to each node that hosts experts of it, in the one way there
+        is: zero_copy has to be "auto", and the forms do not count; combine sums by node, then rank, then k, with one
+        rounding for each row that crosses. "auto" is peer.
       node_size: with NVSHMEM: ranks of a node, consecutive ones, which use each other's memory directly; between
         nodes rows go by NVSHMEM's puts. None: the ranks of a host. Fewer than those make virtual nodes of a host.
 
-    The backend "cuda" needs GPUs of compute capability 9.0 on one host, at most 16 ranks, and peers that reach
-    each other's memory. It maps the allocation that JAX's buffers come from, so leave JAX's memory preallocated
-    (XLA_PYTHON_CLIENT_PREALLOCATE): buffers elsewhere travel through the rings.
+    The backend "cuda" needs GPUs of compute capability 9.0, on one host unless it goes over NVSHMEM, at most 16 ranks,
+    and peers that reach each other's memory. It maps the allocation that JAX's buffers come from, so leave JAX's memory
+    preallocated (XLA_PYTHON_CLIENT_PREALLOCATE): buffers elsewhere travel through the rings, and over several nodes
+    make the exchange fail.
 
     Making a group whose mesh spans processes is collective: all of them make the same groups in the same order, with
     the same settings, versions and build. They wait for each other for `deadline_s` (at least 5 s, at most 120 s; 120
@@ -198,7 +201,7 @@ class ExpertGroup:
         Raises:
           ValueError: no such rank, no rank left, the backend "xla" (whose collectives wait for every rank), a closed
             group, or different ranks on different processes.
-          RuntimeError: a process did not come, or the group's GPUs are on several nodes; nothing has changed then.
+          RuntimeError: a process did not come; nothing has changed then.
         """
         masked = tuple(sorted(set(ranks)))
         if self.closed:

@@ -64,7 +64,7 @@ class FakeModule:
         self.gpus_of_host = gpus_of_host
         self.regions = regions
         self.mapping_fails_in = mapping_fails_in
-        self.opened, self.closed, self.relays = {}, [], {}
+        self.opened, self.closed, self.across = {}, [], {}
 
     def exchange_limits(self):
         return {"num_ranks": 16, "num_experts": 2048, "top_k": 24}
@@ -76,9 +76,9 @@ class FakeModule:
         assert settings["max_row_bytes"] == 4 * 256 and settings["num_sms"] >= 2
         return FakeRank(device, rank, self.regions, spans_processes, here.process == self.mapping_fails_in)
 
-    def open_group(self, ranks, deadline_s, top_k, zero_copy, relays):
+    def open_group(self, ranks, deadline_s, top_k, zero_copy, across_nodes):
         self.opened[here.process] = ranks
-        self.relays[here.process] = relays
+        self.across[here.process] = across_nodes
         return 1
 
     def close_group(self, handle):
@@ -289,25 +289,29 @@ class NvshmemRank(FakeRank):
     def take_descriptors(self):
         return [memory_file(f"{self.name}/{i}") for i in range(len(self.regions))]
 
-    def set_arena(self, rank, address):
-        self.arenas[rank] = address
+    def set_arena(self, rank, address, mirror):
+        self.arenas[rank] = (address, mirror)
 
 
 class NvshmemModule(FakeModule):
     def make_peer_group(self, device, rank, spans_processes, arena_address, **settings):
         assert arena_address == 1000 + rank
-        return NvshmemRank(device, rank, self.regions, spans_processes, False)
+        fails = here.process == self.mapping_fails_in
+        return NvshmemRank(device, rank, self.regions, spans_processes, fails)
 
 
 @pytest.fixture
 def fake_nvshmem(monkeypatch):
-    """Arenas of rank r at 1000 + r; a relay where there are several nodes. What starts, by process."""
+    """Arenas of rank r at 1000 + r, mirrors at 2000 + r. What starts, by process."""
     started = {}
 
-    def make_arena(rank, nodes, pe_of_rank, device, sizes):
-        assert pe_of_rank == [0, 1, 2, 3] and sizes["max_row_bytes"] == 4 * 256
-        relay = f"relay {rank}" if len(set(nodes)) > 1 else None
-        return _nvshmem.Arena(1000 + rank, [1000 + peer for peer in range(len(nodes))], relay)
+    def make_arena(rank, nodes, all_nodes, pe_of_rank, device, sizes):
+        assert nodes in all_nodes and sizes["max_row_bytes"] == 4 * 256
+        assert len(pe_of_rank) == len(nodes)
+        mirrored = [node != nodes[rank] for node in nodes]
+        across = (f"relay {rank}", f"two hops {rank}") if any(mirrored) else None
+        addresses = [1000 * (1 + mirror) + peer for peer, mirror in enumerate(mirrored)]
+        return _nvshmem.Arena(1000 + rank, addresses, mirrored, across)
 
     monkeypatch.setattr(_nvshmem, "obstacle", lambda: None)
     monkeypatch.setattr(_nvshmem, "make_arena", make_arena)
@@ -319,20 +323,79 @@ def fake_nvshmem(monkeypatch):
     return started
 
 
+@pytest.fixture
+def descriptors_swapped(monkeypatch):
+    """Which processes met to swap descriptors, by process."""
+    met = {}
+    swap = _bootstrap.Bootstrap.all_gather_descriptors
+
+    def recorded(meeting, descriptors):
+        met[meeting.process] = meeting.processes
+        return swap(meeting, descriptors)
+
+    monkeypatch.setattr(_bootstrap.Bootstrap, "all_gather_descriptors", recorded)
+    return met
+
+
 @pytest.mark.parametrize("node_size", [None, 4, 2, 3, 1])
-def test_nvshmem_has_the_arenas(connect_all, fake_nvshmem, node_size):
-    """On one node peers still map each other's pools; between nodes there are arenas and a relay only."""
+def test_ranks_of_a_node_map_each_other(connect_all, fake_nvshmem, descriptors_swapped, node_size):
+    """NVSHMEM has the arenas; JAX's memory is mapped inside of nodes, and descriptors stay there."""
     module = NvshmemModule(gpus_of_host=16)
-    results = connect_all([[0], [1], [2], [3]], module, transport="nvshmem", node_size=node_size)
+    results = connect_all(
+        [[0], [1], [2], [3]], module, transport="nvshmem", node_size=node_size, combine_form="reduce"
+    )
     assert all(isinstance(result, _peer_transport.PeerTransport) for result in results.values()), results
     assert fake_nvshmem == dict.fromkeys(range(4), (0, 1, 2, 3))
-    one_node = node_size in (None, 4)
+    size = node_size or 4
     for process, (rank,) in module.opened.items():
-        assert rank.finished and rank.arenas == {peer: 1000 + peer for peer in range(4)}
-        others = [peer for peer in range(4) if peer != process] if one_node else []
-        assert sorted(rank.peers) == others
-        assert all(len(regions) == 1 for regions in rank.peers.values())
-        assert module.relays[process] == ([] if one_node else [f"relay {process}"])
+        node = [peer for peer in range(4) if peer // size == process // size]
+        assert rank.finished
+        assert rank.arenas == {
+            peer: (1000 + peer, False) if peer in node else (2000 + peer, True) for peer in range(4)
+        }
+        assert rank.peers == {peer: [f"{peer}.0/0"] for peer in node if peer != process}
+        assert descriptors_swapped.get(process, (process,)) == tuple(node)
+        assert module.across[process] == ([] if size == 4 else [(f"relay {process}", f"two hops {process}")])
+        # There is one way over nodes.
+        assert results[process].combine_form == ("reduce" if size == 4 else "pull")
+
+
+def test_nodes_of_groups_side_by_side_are_apart(connect_all, fake_nvshmem, descriptors_swapped, monkeypatch):
+    """Two groups of two ranks; each lies on the hosts in the same way, over both."""
+    monkeypatch.setattr(_bootstrap, "host_id", lambda: "ab"[here.process >= 2])
+    module = NvshmemModule(gpus_of_host=16)
+    results = connect_all([[0, 1], [2, 3]], module, transport="nvshmem")
+    assert all(isinstance(result, _peer_transport.PeerTransport) for result in results.values()), results
+    assert descriptors_swapped == {}
+    assert all(rank.peers == {} and rank.finished for (rank,) in module.opened.values())
+    assert all(len(across) == 1 for across in module.across.values())
+
+
+@pytest.mark.parametrize(
+    ("module", "settings", "kind", "words"),
+    [
+        ({}, {"zero_copy": "off"}, ValueError, "zero_copy: expected 'auto' for a group over several nodes"),
+        ({"regions": 0}, {}, _bootstrap.UnavailableError, "JAX's memory of rank 0 cannot be mapped"),
+        ({"mapping_fails_in": 1}, {}, _bootstrap.UnavailableError, "process 1: cuMemMap"),
+    ],
+)
+def test_what_cannot_work_over_nodes_is_said_by_every_process(
+    connect_all, fake_nvshmem, module, settings, kind, words
+):
+    module = NvshmemModule(gpus_of_host=16, **module)
+    results = connect_all([[0], [1], [2], [3]], module, transport="nvshmem", node_size=2, **settings)
+    for error in results.values():
+        assert isinstance(error, kind), error
+        assert words in str(error)
+    assert module.opened == {}
+
+
+def test_ranks_of_a_host_that_are_not_consecutive_are_refused(connect_all, fake_nvshmem, monkeypatch):
+    monkeypatch.setattr(_bootstrap, "host_id", lambda: "ab"[here.process % 2])
+    results = connect_all([[0], [1], [2], [3]], NvshmemModule(gpus_of_host=16), transport="nvshmem")
+    assert all(isinstance(error, ValueError) and "consecutive" in str(error) for error in results.values()), (
+        results
+    )
 
 
 def test_nvshmem_needs_a_process_for_each_gpu(connect_all, fake_nvshmem):

@@ -175,6 +175,10 @@ Status PeerGroup::Reset(uint32_t masked) {
   if (status.ok()) {
     status = Runtime("reset", cudaMemset(arena + after_table, 0, layout_.num_bytes - after_table));
   }
+  for (int rank = 0; rank < settings_.arena.num_ranks && status.ok(); ++rank) {
+    if ((mirrors_ >> rank & 1) == 0) continue;
+    status = Runtime("reset", cudaMemset(table_.arena[rank], 0, layout_.num_bytes));
+  }
   if (status.ok()) {
     status = Runtime("reset", cudaMemcpy(arena + ArenaLayout::kControl, &control, sizeof(control),
                                          cudaMemcpyHostToDevice));

@@ -52,13 +52,19 @@ class PeerGroup {
   /// A rank of this process.
   Status MapPeer(int rank, const PeerGroup& peer);
   /// Where this rank writes to the arena of a rank, if another transport has it: MapPeer then maps
-  /// the regions.
-  void SetArena(int rank, char* here) { table_.arena[rank] = here; }
+  /// the regions. `mirror`: memory of this rank's own, from which a relay sends to a rank on
+  /// another node.
+  void SetArena(int rank, char* here, bool mirror) {
+    table_.arena[rank] = here;
+    if (mirror) mirrors_ |= 1u << rank;
+  }
   /// Tells this rank's kernels where everything lies. Every peer has been mapped.
   Status Finish();
 
   int device() const { return settings_.device; }
   int rank() const { return settings_.rank; }
+  /// A bit for each rank whose arena this one can address.
+  uint32_t node_ranks() const { return ~mirrors_; }
   const ArenaLayout& layout() const { return layout_; }
   char* arena() const {
     return settings_.arena_memory != nullptr ? settings_.arena_memory : arena_.data();
@@ -68,8 +74,8 @@ class PeerGroup {
   /// Whether this rank has given up, and what it left.
   bool Failed(ErrorRecord& record) const;
   /// Masks the ranks whose bit is set in `masked`, takes back the others, and forgets errors and
-  /// everything under way. Collective among the ranks that are not masked: none of them runs a
-  /// kernel of the group from before the first Reset until after the last one.
+  /// everything under way, in mirrors too. Collective among the ranks that are not masked: none of
+  /// them runs a kernel of the group from before the first Reset until after the last one.
   Status Reset(uint32_t masked);
   /// Until no kernel of this process uses the device.
   void WaitForDevice() const;
@@ -84,6 +90,7 @@ class PeerGroup {
   std::vector<FileDescriptor> descriptors_;
   std::vector<DeviceMemory> mapped_;
   PeerTable table_{};
+  uint32_t mirrors_ = 0;  // bit r: table_.arena[r] is a mirror
   ErrorRecord* record_ = nullptr;
   ErrorRecord* device_record_ = nullptr;
 };

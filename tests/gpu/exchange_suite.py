@@ -10,6 +10,7 @@ for it.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import sys
@@ -36,6 +37,13 @@ PATHS = {
     "pull-reduce": {"dispatch_form": "pull", "combine_form": "reduce"},
     "rings": {"zero_copy": "off", "dispatch_form": "push", "combine_form": "push"},
 }
+
+
+def paths(*names: str) -> list[dict[str, str]]:
+    """Settings of these paths, by default of all. A group over nodes (WIDEEP_GROUP, node_size) has one path."""
+    if "node_size" in json.loads(os.environ.get("WIDEEP_GROUP", "{}")):
+        return [{}]
+    return [PATHS[name] for name in names or PATHS]
 
 
 def settings(world: World, hidden: int = 256, **more):
@@ -135,9 +143,9 @@ def check_values(world):
     worst = world.num_ranks * TOKENS * TOP_K
     cases = [
         (path, dtype, hidden, capacity)
-        for path in PATHS
+        for path in paths()
         for dtype, hidden, capacity in ((jnp.bfloat16, 256, worst), (jnp.float32, 136, TOKENS * TOP_K // 2))
-    ] + [("push-pull", jnp.float16, 264, worst + 3)]
+    ] + [(path, jnp.float16, 264, worst + 3) for path in paths("push-pull")]
     routings = [
         {},
         {"kind": "zipf", "masked": 0.3},
@@ -147,7 +155,7 @@ def check_values(world):
         {"distinct": False, "masked": 0.1},
     ]
     for path, dtype, hidden, capacity in cases:
-        with world.group(**settings(world, hidden), **PATHS[path]) as group:
+        with world.group(**settings(world, hidden), **path) as group:
             step = whole_step(world, group, capacity)
             for seed, routing in enumerate(routings):
                 inputs = draw(world, seed, hidden, dtype, **routing)
@@ -186,9 +194,9 @@ def check_tail(world):
 
 
 def check_fp8(world):
-    for path in ("push-pull", "pull-push", "rings"):
+    for path in paths("push-pull", "pull-push", "rings"):
         for dtype, hidden in ((jnp.bfloat16, 384), (jnp.float32, 128)):
-            with world.group(**settings(world, hidden), **PATHS[path]) as group:
+            with world.group(**settings(world, hidden), **path) as group:
                 capacity = world.num_ranks * TOKENS * TOP_K
 
                 def body(x, weights, topk_idx, group=group, capacity=capacity):
@@ -217,9 +225,10 @@ def check_masked(world):
     worst = world.num_ranks * TOKENS * TOP_K
     last = world.num_ranks - 1
     masks = [[last], [0, last] if last > 1 else [0], [], list(range(1, world.num_ranks)), []]
-    for number, path in enumerate(PATHS):
-        dtype, capacity = ((jnp.bfloat16, worst), (jnp.float32, TOKENS * TOP_K // 2))[number % 2]
-        with world.group(**settings(world), **PATHS[path]) as group:
+    cases = ((jnp.bfloat16, worst), (jnp.float32, TOKENS * TOP_K // 2))
+    for number, path in enumerate(paths() * (2 if len(paths()) == 1 else 1)):
+        dtype, capacity = cases[number % 2]
+        with world.group(**settings(world), **path) as group:
             step = whole_step(world, group, capacity)
             for seed, masked in enumerate(masks):
                 group.mask_ranks(masked)
@@ -237,8 +246,8 @@ def check_masked(world):
 def check_repeats(world, repeats=200):
     """The same bits 200 times, whoever comes late."""
     rng = np.random.default_rng(100 + world.process)
-    for path in ("push-pull", "pull-reduce", "rings"):
-        with world.group(**settings(world), **PATHS[path]) as group:
+    for path in paths("push-pull", "pull-reduce", "rings"):
+        with world.group(**settings(world), **path) as group:
             capacity = world.num_ranks * TOKENS * TOP_K
             step = whole_step(world, group, capacity)
             x, weights, topk_idx = draw(world, 7, 256, jnp.bfloat16, kind="zipf", masked=0.1)

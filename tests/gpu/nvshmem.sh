@@ -7,17 +7,22 @@
 #
 #   one_node   low_latency_suite.py, exchange_suite.py and nvshmem_suite.py at each of $RANKS processes (default: 2 4 8),
 #              arenas in NVSHMEM's memory
-#   nodes      low_latency_suite.py and nvshmem_suite.py over virtual nodes, $NODES (default: 2x1 2x2 2x4 4x2 8x1; nodes x
-#              ranks of each)
+#   nodes      the same over virtual nodes, $NODES (default: 2x1 2x2 2x4 4x2 8x1 8/3; nodes x ranks of each, or ranks / ranks
+#              of a node, of which the last one has what is left)
+#   bench      times the throughput ops at 4096 tokens, hidden 7168, top 8 of 256 experts, 16 SMs a rank: 8 ranks as one
+#              node and as $BENCH_NODES (default: 2x4), and their ratio; figures go to $LOGS/bench_*.jsonl too
 #
-# Default: both, at most 12 minutes. CHECKS, LL_CHECKS, EXCHANGE_CHECKS: checks of the suites.
+# Default: one_node and nodes. CHECKS, LL_CHECKS, EXCHANGE_CHECKS: checks of the suites; BENCH_OPS: parts of names of the
+# ops of benchmarks/exchange_gpu.py.
 set -u -o pipefail
 cd "$(dirname "$0")/../.."
 . tests/gpu/steps.sh
 RANKS=${RANKS:-2 4 8}
-NODES=${NODES:-2x1 2x2 2x4 4x2 8x1}
-LL_CHECKS=${LL_CHECKS:-values kept loop bad_index}
-EXCHANGE_CHECKS=${EXCHANGE_CHECKS:-values one_token fp8 repeats}
+NODES=${NODES:-2x1 2x2 2x4 4x2 8x1 8/3}
+BENCH_NODES=${BENCH_NODES:-2x4}
+BENCH_OPS=${BENCH_OPS:-"dispatch push;combine pull;dispatch grad pull;combine grad"}
+LL_CHECKS=${LL_CHECKS:-values kept masked loop bad_index}
+EXCHANGE_CHECKS=${EXCHANGE_CHECKS:-values one_token fp8 masked repeats transforms bad_index delayed}
 # NVSHMEM's heap beside JAX's pools.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.06}
 export NVSHMEM_SYMMETRIC_SIZE=${NVSHMEM_SYMMETRIC_SIZE:-2G}
@@ -30,30 +35,53 @@ fi
 cp "$BUILD_DIR"/_wideep_cuda*.so "$BUILD_DIR"/_wideep_nvshmem*.so jax_wideep/ || exit 1
 start_mps
 
-launch() {  # name ranks group's settings, script and checks..
+launch() {  # name ranks group's settings, script and arguments..
   local name=$1 ranks=$2 group=$3
   shift 3
-  WIDEEP_GROUP=$group step 130 "$name" python3 tests/gpu/launch.py --timeout 120 --xla-flag=--xla_gpu_autotune_level=0 \
+  WIDEEP_GROUP=$group step 190 "$name" python3 tests/gpu/launch.py --timeout 180 --xla-flag=--xla_gpu_autotune_level=0 \
     --xla-flag=--xla_gpu_graph_min_graph_size=1 "$ranks" "$@"
+}
+
+read_shape() {  # sets ranks and node_size
+  case $1 in
+    *x*) node_size=${1#*x} ranks=$((${1%x*} * node_size)) ;;
+    */*) node_size=${1#*/} ranks=${1%/*} ;;
+    *) echo "expected nodes x ranks, or ranks / ranks of a node, got $1"; exit 2 ;;
+  esac
+}
+
+suites() {  # name ranks group's settings
+  launch "$1" "$2" "$3" tests/gpu/low_latency_suite.py $LL_CHECKS
+  launch "$1" "$2" "$3" tests/gpu/exchange_suite.py $EXCHANGE_CHECKS
+  launch "$1" "$2" '{}' tests/gpu/nvshmem_suite.py ${CHECKS:-}
+}
+
+bench() {  # name group's settings
+  local ops
+  IFS=';' read -r -a ops <<<"$BENCH_OPS"
+  rm -f "$LOGS/$1.jsonl"
+  launch "$1" "$ranks" "$2" benchmarks/exchange_gpu.py --sms 16 --form chain --ops "${ops[@]}" --json "$LOGS/$1.jsonl"
 }
 
 for name in ${@:-one_node nodes}; do
   case $name in
     one_node)
       for ranks in $RANKS; do
-        launch nvshmem_one_node "$ranks" '{"transport": "nvshmem"}' tests/gpu/low_latency_suite.py $LL_CHECKS
-        launch nvshmem_one_node "$ranks" '{"transport": "nvshmem"}' tests/gpu/exchange_suite.py $EXCHANGE_CHECKS
-        launch nvshmem_one_node "$ranks" '{}' tests/gpu/nvshmem_suite.py ${CHECKS:-}
+        suites nvshmem_one_node "$ranks" '{"transport": "nvshmem"}'
       done ;;
     nodes)
       for shape in $NODES; do
-        nodes=${shape%x*} size=${shape#*x}
-        export WIDEEP_NODE_SIZE=$size
-        launch "nvshmem_$shape" $((nodes * size)) "{\"transport\": \"nvshmem\", \"node_size\": $size}" \
-          tests/gpu/low_latency_suite.py $LL_CHECKS
-        launch "nvshmem_$shape" $((nodes * size)) '{}' tests/gpu/nvshmem_suite.py ${CHECKS:-}
+        read_shape "$shape"
+        export WIDEEP_NODE_SIZE=$node_size
+        suites "nvshmem_${shape//\//_}" "$ranks" "{\"transport\": \"nvshmem\", \"node_size\": $node_size}"
         unset WIDEEP_NODE_SIZE
       done ;;
+    bench)
+      read_shape "$BENCH_NODES"
+      # Chunks of 8: nothing here is low-latency, and arenas' mirrors are of that size.
+      bench bench_one_node '{"transport": "nvshmem", "chunk": 8}' &&
+        bench bench_nodes "{\"transport\": \"nvshmem\", \"chunk\": 8, \"node_size\": $node_size}" &&
+        step 20 bench_ratio python3 tests/gpu/ratio.py "$LOGS/bench_one_node.jsonl" "$LOGS/bench_nodes.jsonl" ;;
     *) echo "unknown step $name"; exit 2 ;;
   esac
 done

@@ -1,4 +1,4 @@
-"""Groups on NVSHMEM beside groups of mapped peers: the same bits, repeats, errors. One process for each rank.
+"""Groups on NVSHMEM beside groups of mapped peers: the same bits, repeats, what crosses. One process for each rank.
 
     WIDEEP_NODE_SIZE=4 python tests/gpu/launch.py 8 tests/gpu/nvshmem_suite.py [check ..]
 
@@ -12,11 +12,12 @@ import os
 import sys
 import time
 
-import exchange_suite
+import exchange_suite as exchange
 import jax
 import jax.numpy as jnp
 import low_latency_suite as low_latency
 import numpy as np
+import oracle
 from world import World
 
 import jax_wideep as wep
@@ -81,40 +82,119 @@ def check_repeats(world):
         group.check()
 
 
-def throughput(world, group, seed):
-    x, weights, topk_idx = exchange_suite.draw(world, seed, 256, jnp.bfloat16)
+def throughput(world, group):
+    """Everything of one layer, forward and backward, for rows that travel as they are; and on the FP8 wire."""
+    capacity = world.num_ranks * exchange.TOKENS * exchange.TOP_K
+    step = exchange.whole_step(world, group, capacity)
 
-    def body(x, weights, topk_idx):
-        plan = wep.make_plan(topk_idx, group)
+    def fp8(x, weights, topk_idx):
+        plan = wep.make_plan(topk_idx, group, capacity=capacity)
+        (q, scales), row_weights = wep.dispatch(x, weights, plan, quantize="fp8", dequantize=False)
+        return {"q": q, "scales": scales, "row_weights": row_weights}
 
-        def layer(x, weights):
-            rows, row_weights = wep.dispatch(x, weights, plan)
-            return wep.combine(rows * 2, row_weights, plan)
+    fp8 = world.on_ranks(fp8)
 
-        out, backward = jax.vjp(layer, x, weights)
-        dx, dweights = backward(out)
-        return {"out": out, "dx": dx, "dweights": dweights}
+    def run(seed):
+        inputs = exchange.draw(world, seed, 256, jnp.bfloat16, kind="zipf", masked=0.1)
+        cotangent = np.random.default_rng(seed).normal(size=inputs[0].shape).astype(inputs[0].dtype)
+        arrays = [world.put(array) for array in inputs]
+        outputs = step(*arrays, world.put(cotangent))
+        flat = {name: array for name, array in outputs.items() if name != "plan"}
+        flat |= {f"plan.{name}": array for name, array in outputs["plan"].items()}
+        flat |= {f"fp8.{name}": array for name, array in fp8(*arrays).items()}
+        return jax.block_until_ready(flat)
 
-    return world.on_ranks(body)(*(world.put(array) for array in (x, weights, topk_idx)))
+    return run
 
 
 def check_throughput(world):
-    """On one node the throughput shape too has the same bits; over several nodes it says that it cannot."""
-    settings = exchange_suite.settings(world)
+    """Plan and dispatch on NVSHMEM give what mapped peers give; on one node so do combine and the gradients.
+
+    Over nodes the order of combine's sum is another one.
+    """
+    settings = exchange.settings(world)
+    summed = () if node_size(world) >= world.num_ranks else ("out", "dx", "dweights")
     with world.group(**settings) as peers, nvshmem_group(world, settings) as nvshmem:
-        if node_size(world) >= world.num_ranks:
-            want, got = (bits(world, throughput(world, group, 3)) for group in (peers, nvshmem))
-            assert_same_bits(got, want, "throughput")
-            return
-        try:
-            jax.block_until_ready(throughput(world, nvshmem, 3))
-        except jax.errors.JaxRuntimeError as error:
-            assert "only low-latency exchanges run" in str(error), error
-            return
-        raise AssertionError("a plan over several nodes went through")
+        runs = [throughput(world, group) for group in (peers, nvshmem)]
+        for seed in range(4):
+            want, got = (
+                bits(world, {name: array for name, array in run(seed).items() if name not in summed})
+                for run in runs
+            )
+            assert_same_bits(got, want, f"seed {seed}")
 
 
-CHECKS = {"same_bits": check_same_bits, "repeats": check_repeats, "throughput": check_throughput}
+def check_throughput_repeats(world):
+    """200 times with every rank delayed at random: the same bits."""
+    delays = np.random.default_rng(world.process)
+    with nvshmem_group(world, exchange.settings(world)) as group:
+        run = throughput(world, group)
+        first = bits(world, run(5))
+        for repeat in range(REPEATS):
+            time.sleep(delays.uniform(0, MOST_DELAY_S))
+            assert_same_bits(bits(world, run(5)), first, f"repeat {repeat}")
+        group.check()
+
+
+def tokens_across(world, dest_rank, masked):
+    """[ranks] tokens that each sends to other nodes, and sums that it sends back, once each way.
+
+    A token crosses once to each other node that has a row of it, to the rank of the same index there or, where that
+    node is smaller, of the index modulo its size; which sends one sum back.
+    """
+    nodes = {}
+    for rank in range(world.num_ranks):
+        if rank not in masked:
+            nodes.setdefault(rank // node_size(world), []).append(rank)
+    out, back = (np.zeros(world.num_ranks, np.int64) for _ in range(2))
+    for node, hosts in nodes.items():
+        for home_node, homes in nodes.items():
+            for index, home in enumerate(homes if home_node != node else ()):
+                crossing = np.isin(dest_rank[home], hosts).any(axis=1).sum()
+                out[home] += crossing
+                back[hosts[index % len(hosts)]] += crossing
+    return out, back
+
+
+def check_crossed(world):
+    """What the kernels count is each (token, node) pair once for dispatch and once for combine, with and without drops
+    and masks, and as often for the gradients."""
+    if world.backend != "cuda":
+        return
+    experts = exchange.LOCAL_EXPERTS * world.num_ranks
+    last = world.num_ranks - 1
+    for capacity in (
+        world.num_ranks * exchange.TOKENS * exchange.TOP_K,
+        exchange.TOKENS * exchange.TOP_K // 2,
+    ):
+        with nvshmem_group(world, exchange.settings(world)) as group:
+            step = exchange.whole_step(world, group, capacity)
+            for seed, masked in enumerate([[], [], [last], [0, last] if last > 1 else [0], []]):
+                if list(group.masked_ranks) != masked:
+                    group.mask_ranks(masked)
+                inputs = exchange.draw(world, seed, 256, jnp.bfloat16, kind="zipf", masked=0.2)
+                before = group._transport.crossed()
+                exchange.run_and_check(world, step, inputs, capacity, jnp.bfloat16, seed, masked)
+                after = group._transport.crossed()
+                got = {name: after[name] - before[name] for name in after}
+                plan = oracle.make_masked_plan(inputs[2], experts, capacity, masked)
+                out, back = tokens_across(world, plan.dest_rank, masked)
+                for rank in world.local_ranks:
+                    # Dispatch and combine's gradient go out, combine and dispatch's gradient come back.
+                    assert got["tokens_out"] == 2 * out[rank], (rank, got, out)
+                    assert got["tokens_back"] == 2 * back[rank], (rank, got, back)
+                    row_bytes = 256 * 2
+                    assert got["bytes_out"] >= got["tokens_out"] * row_bytes, got
+                world.barrier()  # results of all ranks are ready
+
+
+CHECKS = {
+    "same_bits": check_same_bits,
+    "repeats": check_repeats,
+    "throughput": check_throughput,
+    "throughput_repeats": check_throughput_repeats,
+    "crossed": check_crossed,
+}
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ using Sums = std::optional<ffi::Result<ffi::AnyBuffer>>;
 /// What both take: rows at their experts with a scalar each, the tokens' outputs, and scratch.
 Status ReadCombine(const char* op, int64_t group, int32_t device, int32_t form,
                    const PlanOperands& plan, const ffi::AnyBuffer& rows,
-                   const F32Vector& row_scalars, ffi::AnyBuffer& out, Sums sums, CombineParams& p) {
+                   const F32Vector& row_scalars, ffi::AnyBuffer& out, Sums sums,
+                   std::shared_ptr<const PeerRank>& rank, CombineParams& p) {
   const std::optional<DType> dtype = RowDType(rows.element_type());
   if (!dtype || rows.dimensions().size() != 2 || out.element_type() != rows.element_type()) {
     return Status::InvalidArgument(std::string(op) +
@@ -25,7 +26,6 @@ Status ReadCombine(const char* op, int64_t group, int32_t device, int32_t form,
   }
   p.dtype = *dtype;
   p.hidden = rows.dimensions()[1];
-  std::shared_ptr<const PeerRank> rank;
   Status status =
       FindRank(op, group, device, plan, p.hidden * static_cast<int64_t>(SizeOf(*dtype)), rank);
   if (status.ok()) {
@@ -53,17 +53,22 @@ Status ReadCombine(const char* op, int64_t group, int32_t device, int32_t form,
   return Status();
 }
 
+Status Launch(const PeerRank& rank, const CombineParams& p, cudaStream_t stream) {
+  return rank.across.two_hop != nullptr ? rank.across.two_hop->Combine(p, stream)
+                                        : LaunchCombine(p, stream);
+}
+
 ffi::Error CombineImpl(cudaStream_t stream, int32_t device, int64_t group, int32_t form,
                        ffi::AnyBuffer y, F32Vector row_weights, I32Matrix dest_rank,
                        I32Matrix dest_row, I32Scalar num_rows, I32Vector row_source,
                        I32Vector arrival_rows, I32Vector rows_per_source,
                        ffi::Result<ffi::AnyBuffer> out, Sums sums) {
   const PlanOperands plan{dest_rank, dest_row, num_rows, row_source, arrival_rows, rows_per_source};
+  std::shared_ptr<const PeerRank> rank;
   CombineParams p;
   const Status status =
-      ReadCombine("combine", group, device, form, plan, y, row_weights, *out, sums, p);
-  if (!status.ok()) return ToFfiError(status);
-  return ToFfiError(LaunchCombine(p, stream));
+      ReadCombine("combine", group, device, form, plan, y, row_weights, *out, sums, rank, p);
+  return ToFfiError(status.ok() ? Launch(*rank, p, stream) : status);
 }
 
 ffi::Error DispatchGradImpl(cudaStream_t stream, int32_t device, int64_t group, int32_t form,
@@ -74,8 +79,10 @@ ffi::Error DispatchGradImpl(cudaStream_t stream, int32_t device, int64_t group, 
                             Sums sums) {
   constexpr char kOp[] = "dispatch's gradient";
   const PlanOperands plan{dest_rank, dest_row, num_rows, row_source, arrival_rows, rows_per_source};
+  std::shared_ptr<const PeerRank> rank;
   CombineParams p;
-  Status status = ReadCombine(kOp, group, device, form, plan, drows, drow_weights, *dx, sums, p);
+  Status status =
+      ReadCombine(kOp, group, device, form, plan, drows, drow_weights, *dx, sums, rank, p);
   if (status.ok()) {
     status = CheckShapes(kOp, {{"dtopk_weights", dweights->dimensions(), {p.num_tokens, p.top_k}}});
   }
@@ -84,7 +91,7 @@ ffi::Error DispatchGradImpl(cudaStream_t stream, int32_t device, int64_t group, 
   // Without tokens there is nothing to write, but the kernel tells the two ops apart by it.
   static float no_weights;
   if (p.dweights == nullptr) p.dweights = &no_weights;
-  return ToFfiError(LaunchCombine(p, stream));
+  return ToFfiError(Launch(*rank, p, stream));
 }
 
 }  // namespace

@@ -46,7 +46,8 @@ ffi::Error DispatchImpl(cudaStream_t stream, int32_t device, int64_t group, bool
   p.weights = weights.typed_data();
   p.rows = static_cast<char*>(rows->untyped_data());
   p.row_weights = row_weights->typed_data();
-  return ToFfiError(LaunchDispatch(p, stream));
+  return ToFfiError(rank->across.two_hop != nullptr ? rank->across.two_hop->Dispatch(p, stream)
+                                                    : LaunchDispatch(p, stream));
 }
 
 ffi::Error CombineGradImpl(cudaStream_t stream, int32_t device, int64_t group, bool zero_tail,
@@ -88,7 +89,8 @@ ffi::Error CombineGradImpl(cudaStream_t stream, int32_t device, int64_t group, b
   p.row_weights = row_weights.typed_data();
   p.dy = static_cast<char*>(dy->untyped_data());
   p.drow_weights = drow_weights->typed_data();
-  return ToFfiError(LaunchCombineGrad(p, stream));
+  return ToFfiError(rank->across.two_hop != nullptr ? rank->across.two_hop->CombineGrad(p, stream)
+                                                    : LaunchCombineGrad(p, stream));
 }
 
 }  // namespace

@@ -112,7 +112,7 @@ ffi::Error DispatchImpl(cudaStream_t stream, int32_t device, int64_t group, int6
   if (!status.ok()) return ToFfiError(status);
   p.peers = op.rank->context;
   p.zero_tail = zero_tail;
-  return ToFfiError(LaunchRelayedDispatch(op.rank->relay.get(), p, stream));
+  return ToFfiError(LaunchRelayedDispatch(op.rank->across.relay.get(), p, stream));
 }
 
 ffi::Error DispatchSendImpl(cudaStream_t stream, int32_t device, int64_t group, int64_t num_experts,
@@ -127,7 +127,7 @@ ffi::Error DispatchSendImpl(cudaStream_t stream, int32_t device, int64_t group, 
   p.part = LowLatencyPart::kSend;
   p.quantize = quantize;
   p.ticket = ticket->typed_data();
-  return ToFfiError(LaunchRelayedDispatch(op.rank->relay.get(), p, stream));
+  return ToFfiError(LaunchRelayedDispatch(op.rank->across.relay.get(), p, stream));
 }
 
 ffi::Error DispatchRecvImpl(cudaStream_t stream, int32_t device, int64_t group, int64_t num_experts,
@@ -147,7 +147,7 @@ ffi::Error DispatchRecvImpl(cudaStream_t stream, int32_t device, int64_t group, 
   p.part = LowLatencyPart::kReceive;
   p.zero_tail = zero_tail;
   p.ticket = ticket.typed_data();
-  return ToFfiError(LaunchRelayedDispatch(op.rank->relay.get(), p, stream));
+  return ToFfiError(LaunchRelayedDispatch(op.rank->across.relay.get(), p, stream));
 }
 
 /// Checks and fills in what a sending combine takes.
@@ -197,7 +197,7 @@ ffi::Error CombineImpl(cudaStream_t stream, int32_t device, int64_t group, int64
   }
   if (!status.ok()) return ToFfiError(status);
   p.peers = op.rank->context;
-  return ToFfiError(LaunchRelayedCombine(op.rank->relay.get(), p, stream));
+  return ToFfiError(LaunchRelayedCombine(op.rank->across.relay.get(), p, stream));
 }
 
 ffi::Error CombineSendImpl(cudaStream_t stream, int32_t device, int64_t group, int64_t num_experts,
@@ -212,7 +212,7 @@ ffi::Error CombineSendImpl(cudaStream_t stream, int32_t device, int64_t group, i
   p.peers = op.rank->context;
   p.part = LowLatencyPart::kSend;
   p.ticket = ticket->typed_data();
-  return ToFfiError(LaunchRelayedCombine(op.rank->relay.get(), p, stream));
+  return ToFfiError(LaunchRelayedCombine(op.rank->across.relay.get(), p, stream));
 }
 
 ffi::Error CombineRecvImpl(cudaStream_t stream, int32_t device, int64_t group, int64_t num_experts,
@@ -226,7 +226,7 @@ ffi::Error CombineRecvImpl(cudaStream_t stream, int32_t device, int64_t group, i
   p.peers = op.rank->context;
   p.part = LowLatencyPart::kReceive;
   p.ticket = ticket.typed_data();
-  return ToFfiError(LaunchRelayedCombine(op.rank->relay.get(), p, stream));
+  return ToFfiError(LaunchRelayedCombine(op.rank->across.relay.get(), p, stream));
 }
 
 ffi::Error CombineGradImpl(cudaStream_t stream, int32_t device, int64_t group, int64_t num_experts,
@@ -267,7 +267,7 @@ ffi::Error CombineGradImpl(cudaStream_t stream, int32_t device, int64_t group, i
   p.counts = counts.typed_data();
   p.dy = static_cast<char*>(dy->untyped_data());
   p.dtopk_weights = dtopk_weights->typed_data();
-  return ToFfiError(LaunchRelayedCombineGrad(op.rank->relay.get(), p, stream));
+  return ToFfiError(LaunchRelayedCombineGrad(op.rank->across.relay.get(), p, stream));
 }
 
 /// What every handler of the shape takes first.

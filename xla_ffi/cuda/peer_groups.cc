@@ -34,8 +34,7 @@ PeerGroups& PeerGroups::Global() {
 }
 
 int64_t PeerGroups::Open(const std::vector<std::shared_ptr<PeerGroup>>& ranks,
-                         const PeerSettings& settings,
-                         const std::vector<std::shared_ptr<Relay>>& relays) {
+                         const PeerSettings& settings, const std::vector<AcrossNodes>& across) {
   Ranks by_device;
   for (size_t i = 0; i < ranks.size(); ++i) {
     const std::shared_ptr<PeerGroup>& memory = ranks[i];
@@ -48,8 +47,9 @@ int64_t PeerGroups::Open(const std::vector<std::shared_ptr<PeerGroup>>& ranks,
     context.num_ranks = memory->layout().num_ranks;
     context.num_sms = memory->layout().num_blocks;
     context.zero_copy = settings.zero_copy;
+    context.node_ranks = memory->node_ranks();
     by_device[memory->device()] = std::make_shared<const PeerRank>(
-        PeerRank{memory, settings, context, i < relays.size() ? relays[i] : nullptr});
+        PeerRank{memory, settings, context, i < across.size() ? across[i] : AcrossNodes()});
   }
   const std::lock_guard<std::mutex> lock(mutex_);
   groups_[next_id_] = std::move(by_device);
@@ -103,21 +103,31 @@ Status PeerGroups::Check(int64_t id) {
   return Status();
 }
 
-Status PeerGroups::WaitToMask(int64_t id) {
-  const Ranks ranks = RanksOf(id);
-  for (const auto& [device, rank] : ranks) {
-    if (rank->relay == nullptr) continue;
-    return Status::FailedPrecondition(
-        "mask_ranks: expected a group whose ranks reach each other's memory, got one over several "
-        "nodes; close it and make a new one over the ranks that are left");
-  }
-  for (const auto& [device, rank] : ranks) rank->memory->WaitForDevice();
-  return Status();
+void PeerGroups::Wait(int64_t id) {
+  for (const auto& [device, rank] : RanksOf(id)) rank->memory->WaitForDevice();
 }
 
 Status PeerGroups::Mask(int64_t id, uint32_t masked) {
   for (const auto& [device, rank] : RanksOf(id)) {
-    if (Status status = rank->memory->Reset(masked); !status.ok()) return status;
+    Status status = rank->memory->Reset(masked);
+    if (status.ok() && rank->across.two_hop != nullptr) {
+      status = rank->across.two_hop->Reset(masked);
+    }
+    if (!status.ok()) return status;
+  }
+  return Status();
+}
+
+Status PeerGroups::Crossed(int64_t id, CrossedNodes& crossed) {
+  crossed = {};
+  for (const auto& [device, rank] : RanksOf(id)) {
+    if (rank->across.two_hop == nullptr) continue;
+    CrossedNodes of_rank;
+    if (Status status = rank->across.two_hop->Crossed(of_rank); !status.ok()) return status;
+    crossed.tokens_out += of_rank.tokens_out;
+    crossed.bytes_out += of_rank.bytes_out;
+    crossed.tokens_back += of_rank.tokens_back;
+    crossed.bytes_back += of_rank.bytes_back;
   }
   return Status();
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "csrc/ep/peer_context.h"
+#include "csrc/ep/two_hop.h"
 #include "csrc/transport/peer.h"
 #include "csrc/transport/relay.h"
 
@@ -21,13 +22,18 @@ struct PeerSettings {
   bool zero_copy = true;
 };
 
+/// What carries a rank's exchanges to ranks that have no address here; null: all have one.
+struct AcrossNodes {
+  std::shared_ptr<Relay> relay;     // low latency
+  std::shared_ptr<TwoHop> two_hop;  // throughput
+};
+
 /// One rank of a group, on a device of this process; never changes once it is made.
 struct PeerRank {
   std::shared_ptr<PeerGroup> memory;
   PeerSettings settings;
   PeerContext context;
-  /// Of a group with ranks that have no address here; such a group has low-latency calls only.
-  std::shared_ptr<Relay> relay;
+  AcrossNodes across;
 
   /// OK, or what made the rank give up.
   Status Check() const;
@@ -38,20 +44,21 @@ class PeerGroups {
   static PeerGroups& Global();
 
   /// Returns the id of the new group. The ids of a process count up from 1.
-  /// `relays`: of each of `ranks`, or null; empty: none.
+  /// `across`: of each of `ranks`; empty: every rank has the addresses of all.
   int64_t Open(const std::vector<std::shared_ptr<PeerGroup>>& ranks, const PeerSettings& settings,
-               const std::vector<std::shared_ptr<Relay>>& relays = {});
+               const std::vector<AcrossNodes>& across = {});
   /// Forgets the group and, once its devices are idle, frees its memory. Unknown ids are ignored.
   void Close(int64_t id);
   /// This process's rank on `device`; fails if the group was closed or a rank of it gave up.
   Status Find(const char* op, int64_t id, int32_t device, std::shared_ptr<const PeerRank>& rank);
   /// The same for all devices: OK, or what made one give up.
   Status Check(int64_t id);
-  /// Until no kernel of this process uses the group's devices, so that Mask may follow. Fails for a
-  /// group with relays: what lies in a relay's mirrors of its peers' arenas is not reset.
-  Status WaitToMask(int64_t id);
+  /// Until no kernel of this process uses the group's devices.
+  void Wait(int64_t id);
   /// Masks the ranks whose bit is set, in all groups side by side; see PeerGroup::Reset.
   Status Mask(int64_t id, uint32_t masked);
+  /// What this process's ranks have sent between nodes, all together.
+  Status Crossed(int64_t id, CrossedNodes& crossed);
 
  private:
   // By device.

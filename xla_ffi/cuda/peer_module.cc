@@ -90,23 +90,44 @@ void MapPeer(PeerGroup& self, int rank, const Range& arena, const std::vector<Ra
   ThrowIf(self.MapPeer(rank, memory, descriptors));
 }
 
+/// What a capsule of _wideep_nvshmem holds.
+template <typename T>
+std::shared_ptr<T> Held(const nb::capsule& capsule, const char* name) {
+  return *static_cast<std::shared_ptr<T>*>(capsule.data(name));
+}
+
 int64_t OpenGroup(const std::vector<std::shared_ptr<PeerGroup>>& ranks, double deadline_s,
-                  int top_k, bool zero_copy, const std::vector<nb::capsule>& relay_capsules) {
+                  int top_k, bool zero_copy,
+                  const std::vector<std::pair<nb::capsule, nb::capsule>>& across_nodes) {
   PeerSettings settings;
   settings.deadline_s = deadline_s;
   settings.top_k = top_k;
   settings.zero_copy = zero_copy;
-  std::vector<std::shared_ptr<Relay>> relays;
-  for (const nb::capsule& capsule : relay_capsules) {
-    relays.push_back(*static_cast<std::shared_ptr<Relay>*>(capsule.data("wideep_relay")));
+  std::vector<AcrossNodes> across;
+  for (const auto& [relay, two_hop] : across_nodes) {
+    across.push_back({Held<Relay>(relay, "wideep_relay"), Held<TwoHop>(two_hop, "wideep_two_hop")});
   }
-  return PeerGroups::Global().Open(ranks, settings, relays);
+  return PeerGroups::Global().Open(ranks, settings, across);
 }
 
 void MaskGroup(int64_t id, const std::vector<int>& ranks) {
   uint32_t masked = 0;
   for (const int rank : ranks) masked |= 1u << rank;
   ThrowIf(PeerGroups::Global().Mask(id, masked));
+}
+
+nb::dict Crossed(int64_t id) {
+  CrossedNodes crossed;
+  {
+    const nb::gil_scoped_release release;
+    ThrowIf(PeerGroups::Global().Crossed(id, crossed));
+  }
+  nb::dict counts;
+  counts["tokens_out"] = crossed.tokens_out;
+  counts["bytes_out"] = crossed.bytes_out;
+  counts["tokens_back"] = crossed.tokens_back;
+  counts["bytes_back"] = crossed.bytes_back;
+  return counts;
 }
 
 }  // namespace
@@ -136,10 +157,11 @@ void AddPeerGroups(nb::module_& m) {
           nb::arg("peer"), "a rank of this process")
       .def(
           "set_arena",
-          [](PeerGroup& self, int rank, uint64_t address) {
-            self.SetArena(rank, reinterpret_cast<char*>(address));
+          [](PeerGroup& self, int rank, uint64_t address, bool mirror) {
+            self.SetArena(rank, reinterpret_cast<char*>(address), mirror);
           },
-          nb::arg("rank"), nb::arg("address"), "where another transport has the arena of a rank")
+          nb::arg("rank"), nb::arg("address"), nb::arg("mirror"),
+          "where another transport has the arena of a rank, or this rank its mirror")
       .def("finish", [](PeerGroup& self) { ThrowIf(self.Finish()); });
 
   m.def("device_info", DeviceInfo, nb::arg("device"), "uuid, num_sms, compute_capability");
@@ -158,18 +180,23 @@ void AddPeerGroups(nb::module_& m) {
       },
       nb::arg("num_ranks"), nb::arg("num_experts"), nb::arg("top_k"), nb::arg("max_row_bytes"),
       nb::arg("num_sms"), nb::arg("chunk"), "what make_peer_group's arena takes");
-  m.def("open_group", OpenGroup, nb::arg("ranks"), nb::arg("deadline_s"), nb::arg("top_k"),
-        nb::arg("zero_copy"), nb::arg("relays") = nb::list(),
-        "lets the handlers find the ranks; returns the group's id");
+  m.def(
+      "open_group", OpenGroup, nb::arg("ranks"), nb::arg("deadline_s"), nb::arg("top_k"),
+      nb::arg("zero_copy"), nb::arg("across_nodes") = nb::list(),
+      "lets the handlers find the ranks; across_nodes: of each, a relay and a two-hop exchange, if "
+      "the group has several nodes; returns the group's id");
   m.def(
       "close_group", [](int64_t id) { PeerGroups::Global().Close(id); }, nb::arg("id"),
       without_gil);
   m.def(
-      "wait_for_group", [](int64_t id) { ThrowIf(PeerGroups::Global().WaitToMask(id)); },
-      nb::arg("id"), without_gil, "until this process's devices are idle");
+      "wait_for_group", [](int64_t id) { PeerGroups::Global().Wait(id); }, nb::arg("id"),
+      without_gil, "until this process's devices are idle");
   m.def("mask_group", MaskGroup, nb::arg("id"), nb::arg("ranks"), without_gil,
         "leaves these ranks out, takes the others back, and forgets errors; every process that "
         "takes part has waited for the group, and launches nothing until all have returned");
+  m.def("group_crossed", Crossed, nb::arg("id"),
+        "what this process's ranks have sent between nodes since the group was made, or its mask "
+        "changed: tokens and bytes, out (dispatch, combine's gradient) and back");
   m.def(
       "group_error",
       [](int64_t id) -> std::optional<std::string> {

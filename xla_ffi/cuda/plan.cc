@@ -17,13 +17,6 @@ ffi::Error PlanImpl(cudaStream_t stream, int32_t device, int64_t group, int64_t 
   std::shared_ptr<const PeerRank> rank;
   Status status = PeerGroups::Global().Find(kOp, group, device, rank);
   if (!status.ok()) return ToFfiError(status);
-  if (rank->relay != nullptr) {
-    return ffi::Error(
-        ffi::ErrorCode::kUnimplemented,
-        std::string(kOp) +
-            ": the ExpertGroup spans nodes, where only low-latency exchanges run; use "
-            "ll_dispatch and ll_combine (mode=\"low_latency\"), or backend=\"xla\"");
-  }
   PlanParams p;
   p.peers = rank->context;
   p.num_tokens = topk_idx.dimensions()[0];
@@ -56,7 +49,8 @@ ffi::Error PlanImpl(cudaStream_t stream, int32_t device, int64_t group, int64_t 
   p.row_source = row_source->typed_data();
   p.arrival_rows = arrival_rows->typed_data();
   p.rows_per_source = rows_per_source->typed_data();
-  return ToFfiError(LaunchPlan(p, stream));
+  return ToFfiError(rank->across.two_hop != nullptr ? rank->across.two_hop->Plan(p, stream)
+                                                    : LaunchPlan(p, stream));
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// _wideep_nvshmem: NVSHMEM's memory, and the relay to ranks that have no address here. Imported
-// only when a group asks for it, after the library itself has been loaded.
+// _wideep_nvshmem: NVSHMEM's memory, and what reaches ranks that have no address here: the relay
+// and the two-hop exchange. Imported only when a group asks for it, after the library itself has
+// been loaded.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
@@ -34,10 +35,11 @@ std::shared_ptr<Memory> Allocate(int device, int64_t num_bytes) {
 }
 
 /// Owned by Python; _wideep_cuda takes a reference out of the capsule.
-nb::capsule RelayCapsule(std::shared_ptr<Relay> relay) {
-  return nb::capsule(
-      new std::shared_ptr<Relay>(std::move(relay)), "wideep_relay",
-      [](void* held) noexcept { delete static_cast<std::shared_ptr<Relay>*>(held); });
+template <typename T>
+nb::capsule Capsule(std::shared_ptr<T> held, const char* name) {
+  return nb::capsule(new std::shared_ptr<T>(std::move(held)), name, [](void* pointer) noexcept {
+    delete static_cast<std::shared_ptr<T>*>(pointer);
+  });
 }
 
 nb::capsule MakeRelay(const Memory& memory, int rank, int num_ranks, int num_experts, int top_k,
@@ -64,7 +66,37 @@ nb::capsule MakeRelay(const Memory& memory, int rank, int num_ranks, int num_exp
   settings.tickets = reinterpret_cast<uint32_t*>(memory.data + tickets);
   std::shared_ptr<Relay> relay;
   ThrowIf(MakeNvshmemRelay(settings, relay));
-  return RelayCapsule(std::move(relay));
+  return Capsule(std::move(relay), "wideep_relay");
+}
+
+int64_t TwoHopBytes(const std::vector<int>& node_of_rank, int num_experts, int top_k,
+                    int64_t max_row_bytes, int num_sms, int64_t chunk) {
+  const ArenaConfig arena{
+      static_cast<int>(node_of_rank.size()), num_experts, top_k, max_row_bytes, num_sms, chunk};
+  int64_t num_bytes = 0;
+  ThrowIf(NvshmemTwoHopBytes(arena, node_of_rank, num_bytes));
+  return num_bytes;
+}
+
+nb::capsule MakeTwoHop(const Memory& arena, const Memory& rings, int rank,
+                       const std::vector<int>& node_of_rank, int num_experts, int top_k,
+                       int64_t max_row_bytes, int num_sms, int64_t chunk,
+                       const std::vector<int>& pe_of_rank) {
+  NvshmemTwoHopSettings settings;
+  settings.arena = {
+      static_cast<int>(node_of_rank.size()), num_experts, top_k, max_row_bytes, num_sms, chunk};
+  settings.rank = rank;
+  settings.node_of_rank = node_of_rank;
+  settings.pe_of_rank = pe_of_rank;
+  settings.arena_memory = arena.data;
+  settings.ring_memory = rings.data;
+  settings.ring_bytes = rings.num_bytes;
+  if (pe_of_rank.size() != node_of_rank.size()) {
+    throw std::runtime_error("nvshmem transport: a PE and a node for each rank are needed");
+  }
+  std::shared_ptr<TwoHop> two_hop;
+  ThrowIf(MakeNvshmemTwoHop(settings, two_hop));
+  return Capsule(std::move(two_hop), "wideep_two_hop");
 }
 
 }  // namespace
@@ -101,6 +133,12 @@ NB_MODULE(_wideep_nvshmem, m) {
         nb::arg("num_experts"), nb::arg("top_k"), nb::arg("max_row_bytes"), nb::arg("num_sms"),
         nb::arg("chunk"), nb::arg("pe_of_rank"), nb::arg("mirror_of_rank"),
         "memory: the arena, then mirrors of the same size, then two words; mirror_of_rank: which "
-        "one, "
-        "or -1");
+        "one, or -1");
+  m.def("two_hop_bytes", TwoHopBytes, nb::arg("node_of_rank"), nb::arg("num_experts"),
+        nb::arg("top_k"), nb::arg("max_row_bytes"), nb::arg("num_sms"), nb::arg("chunk"),
+        "what make_two_hop's rings take");
+  m.def("make_two_hop", MakeTwoHop, nb::arg("arena"), nb::arg("rings"), nb::arg("rank"),
+        nb::arg("node_of_rank"), nb::arg("num_experts"), nb::arg("top_k"), nb::arg("max_row_bytes"),
+        nb::arg("num_sms"), nb::arg("chunk"), nb::arg("pe_of_rank"),
+        "arena: memory that begins with the group's; rings: of two_hop_bytes");
 }
