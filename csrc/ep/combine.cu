@@ -6,17 +6,6 @@
 namespace wideep {
 namespace {
 
-Status CheckShape(const char* op, DType dtype, int64_t hidden, int32_t top_k) {
-  const int64_t row_bytes = hidden * static_cast<int64_t>(SizeOf(dtype));
-  if (row_bytes % 16 == 0 && top_k <= kMaxKernelTopK && dtype != DType::kF8E4M3) return Status();
-  return Status::InvalidArgument(std::string(op) +
-                                 ": expected rows of bfloat16, float16 or float32, of a multiple "
-                                 "of 16 bytes, and top_k of at most " +
-                                 std::to_string(kMaxKernelTopK) + " on CUDA, got " +
-                                 std::to_string(row_bytes) + " bytes and top_k " +
-                                 std::to_string(top_k));
-}
-
 /// Few tokens need few blocks: one token a warp, and at least two blocks for the rings' two ends.
 int NumBlocks(int64_t num_tokens, const PeerContext& peers) {
   return static_cast<int>(std::clamp<int64_t>(num_tokens / kWarpsPerBlock + 1, 2, peers.num_sms));
@@ -34,7 +23,9 @@ int NumSumChunks(const CombineParams& p) {
 
 template <bool kWeighted>
 Status LaunchSum(CombineParams p, const char* op, cudaStream_t stream) {
-  if (Status status = CheckShape(op, p.dtype, p.hidden, p.top_k); !status.ok()) return status;
+  if (Status status = CheckCombineShape(op, p.dtype, p.hidden, p.top_k); !status.ok()) {
+    return status;
+  }
   p.num_chunks = NumSumChunks(p);
   const auto kernel = p.dtype == DType::kBF16  ? CombineKernel<DType::kBF16, kWeighted>
                       : p.dtype == DType::kF16 ? CombineKernel<DType::kF16, kWeighted>
@@ -52,7 +43,9 @@ Status LaunchCombine(const CombineParams& p, cudaStream_t stream) {
 
 Status LaunchCombineGrad(const CombineGradParams& p, cudaStream_t stream) {
   constexpr char kOp[] = "combine's gradient";
-  if (Status status = CheckShape(kOp, p.dtype, p.hidden, p.top_k); !status.ok()) return status;
+  if (Status status = CheckCombineShape(kOp, p.dtype, p.hidden, p.top_k); !status.ok()) {
+    return status;
+  }
   const auto kernel = p.dtype == DType::kBF16  ? CombineGradKernel<DType::kBF16>
                       : p.dtype == DType::kF16 ? CombineGradKernel<DType::kF16>
                                                : CombineGradKernel<DType::kF32>;

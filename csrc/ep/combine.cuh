@@ -224,8 +224,9 @@ __device__ void ZeroOutputs(const CombineParams& p, int64_t row_bytes) {
   for (int64_t at = thread * 16; at < p.num_tokens * row_bytes; at += num_threads * 16) {
     ptx::st_global_v4(p.out + at, make_int4(0, 0, 0, 0));
   }
-  if (kWeighted) return;
-  for (int64_t s = thread; s < p.num_tokens * p.top_k; s += num_threads) p.dweights[s] = 0;
+  if constexpr (!kWeighted) {
+    for (int64_t s = thread; s < p.num_tokens * p.top_k; s += num_threads) p.dweights[s] = 0;
+  }
 }
 
 template <DType kDType, bool kWeighted>

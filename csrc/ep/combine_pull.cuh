@@ -34,6 +34,18 @@ struct CombineShared {
 };
 static_assert(sizeof(CombineShared) <= CombineShared::kBuffers);
 
+/// Fails unless the kernels can sum such rows.
+inline Status CheckCombineShape(const char* op, DType dtype, int64_t hidden, int32_t top_k) {
+  const int64_t row_bytes = hidden * static_cast<int64_t>(SizeOf(dtype));
+  if (row_bytes % 16 == 0 && top_k <= kMaxKernelTopK && dtype != DType::kF8E4M3) return Status();
+  return Status::InvalidArgument(std::string(op) +
+                                 ": expected rows of bfloat16, float16 or float32, of a multiple "
+                                 "of 16 bytes, and top_k of at most " +
+                                 std::to_string(kMaxKernelTopK) + " on CUDA, got " +
+                                 std::to_string(row_bytes) + " bytes and top_k " +
+                                 std::to_string(top_k));
+}
+
 /// Where a selection's row lies, -1 if it has none or its rank is masked.
 __device__ __forceinline__ int32_t HostOf(const PlanArrays& plan, int64_t selection,
                                           const Exchange& exchange) {

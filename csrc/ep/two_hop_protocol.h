@@ -106,7 +106,7 @@ struct Stage {
   SenderEnd out[kMaxOutputs > 0 ? kMaxOutputs : 1];
   Bits<kMaxInputs> inputs;
   Bits<kMaxOutputs> outputs;
-  uint8_t ready = 0;  // inputs, then outputs, below this one are
+  int8_t ready = 0;  // inputs, then outputs, below this one are
   Phase phase = kNext;
 
   template <typename Env>

@@ -1,0 +1,281 @@
+// TwoHopCombineKernel: combine, and dispatch's backward pass, over nodes (two_hop_protocol.h).
+//
+//   reducer  a warp for each channel of each rank on another node that this rank stands for: sums
+//            the rows of a token that lie on this node, wherever, in order of (rank, k), rounds the
+//            sum to the rows' type, and sends it home. Its order of tokens is that of the hosts'
+//            arrivals (node_arrivals.cuh), which is the home's.
+//   home     a warp for each channel of this rank's tokens: adds what comes from other nodes, and
+//            the rows on its own node where they lie, in order of node, then (rank, k).
+//
+// All sums are in float32. On its way a row is rounded once if it crosses, and once more at home.
+// Published within a node: y, row_scalars and the plan's arrays by host (HostArrays).
+//
+// Dispatch's backward pass: each row's scalar travels as an entry of its token's slot.
+//
+// A plan may be older than the mask: rows of masked ranks are skipped as if they were dropped.
+#pragma once
+
+#include "csrc/ep/combine.cuh"
+#include "csrc/ep/node_arrivals.cuh"
+#include "csrc/ep/two_hop_plan.h"
+#include "csrc/ep/two_hop_rank.cuh"
+
+namespace wideep::two_hop {
+
+struct CombineBlock {
+  char* here[kMaxPublished * kMaxRanks];
+  uint32_t flags[kProtocolFlags];
+  int8_t node_of[kMaxRanks];  // of ranks; -1: masked
+  HostArrays hosts[kMaxNodeRanks];
+  SumList lists[kWarpsPerBlock];
+  ArrivalWindow windows[kWarpsPerBlock];
+};
+static_assert(sizeof(CombineBlock) <= kMaxSharedBytes);
+
+/// The sums of one channel of `home`, a number, on this node.
+template <DType kDType, bool kWeighted, typename Net>
+class Reducer : public WarpStage<Reducer<kDType, kWeighted, Net>, Net, 0, 1> {
+  using Base = WarpStage<Reducer, Net, 0, 1>;
+
+ public:
+  __device__ Reducer(Rank<Net>& rank, const CombineParams& p, CombineBlock& block, int home,
+                     int channel)
+      : Base(rank, Direction::kBack),
+        ring_(rank.layout().Across(Direction::kBack, home, rank.node(), channel)),
+        header_bytes_(SlotHeaderBytes(p.top_k)),
+        row_bytes_(static_cast<int>(p.hidden * static_cast<int64_t>(SizeOf(kDType)))),
+        list_(block.lists[threadIdx.x / 32]),
+        tokens_(TokensOf(p.num_tokens, channel, rank.config().num_channels)),
+        arrivals_(block.hosts, rank.nodes().SizeOf(rank.node()), block.windows[threadIdx.x / 32],
+                  rank.RankOf(home), p.num_tokens, p.top_k, tokens_.begin, tokens_.end) {}
+
+  __device__ RingPlace Input(int) const { return {}; }
+  __device__ RingPlace Output(int) const { return ring_; }
+  __device__ bool Next(Bits<0>&) { return arrivals_.Next(); }
+
+  __device__ void Work() {
+    auto* const header = reinterpret_cast<SlotHeader*>(Base::OutputSlot());
+    const int count = arrivals_.Take(row_bytes_, list_, kWeighted ? nullptr : header->entries());
+    if (Base::lane_ == 0) {
+      header->token = arrivals_.token();
+      header->num_entries = kWeighted ? 0 : count;
+    }
+    __syncwarp();
+    // Few rows a token: more of each under way.
+    SumRows<kDType, kWeighted, /*kColumns=*/3, /*kRows=*/4>(
+        reinterpret_cast<char*>(header) + header_bytes_, list_, count, 0, row_bytes_, Base::lane_,
+        32);
+    __syncwarp();  // the list is read
+    Base::Wrote(header_bytes_ + row_bytes_, /*has_row=*/true);
+  }
+
+ private:
+  const RingPlace ring_;
+  const int64_t header_bytes_;
+  const int row_bytes_;
+  SumList& list_;
+  const ChannelTokens tokens_;
+  NodeArrivals arrivals_;
+};
+
+/// The outputs of one channel of this rank's tokens, from at most kInputs other nodes.
+template <DType kDType, bool kWeighted, int kInputs, typename Net>
+class Home : public WarpStage<Home<kDType, kWeighted, kInputs, Net>, Net, kInputs, 0> {
+  using Base = WarpStage<Home, Net, kInputs, 0>;
+  using Base::lane_;
+  using Base::rank_;
+
+ public:
+  __device__ Home(Rank<Net>& rank, const CombineParams& p, CombineBlock& block, int channel)
+      : Base(rank, Direction::kBack),
+        p_(p),
+        block_(block),
+        list_(block.lists[threadIdx.x / 32]),
+        header_bytes_(SlotHeaderBytes(p.top_k)),
+        row_bytes_(p.hidden * static_cast<int64_t>(SizeOf(kDType))),
+        channel_(channel) {
+    const ChannelTokens tokens = TokensOf(p.num_tokens, channel, rank.config().num_channels);
+    token_ = tokens.begin - 1;
+    end_ = tokens.end;
+    LoadNext();
+  }
+
+  __device__ RingPlace Input(int i) const {
+    if (i >= rank_.nodes().num_nodes - 1) return {};
+    return rank_.layout().Across(Direction::kBack, rank_.number(), rank_.OtherNode(i), channel_);
+  }
+  __device__ RingPlace Output(int) const { return {}; }
+
+  __device__ bool Next(Bits<kInputs>& inputs) {
+    if (++token_ >= end_) return false;
+    dst_ = next_dst_;
+    row_ = next_row_;
+    LoadNext();
+    node_ = dst_ < 0 ? -1 : block_.node_of[dst_];
+    const bool has_row = node_ == rank_.node();
+    scalar_ = has_row ? Scalars(dst_)[row_] : 0;
+    nodes_ = __reduce_or_sync(~0u, node_ < 0 ? 0u : 1u << node_);
+    for (int i = 0; i < rank_.nodes().num_nodes - 1; ++i) {
+      if (nodes_ >> rank_.OtherNode(i) & 1) inputs.Set(i);
+    }
+    return true;
+  }
+
+  __device__ void Work() {
+    const bool has_row = node_ == rank_.node();
+    // What comes from a node stands in the place of the first of its rows.
+    const uint32_t same_node = __match_any_sync(~0u, node_);
+    const bool is_sum = node_ >= 0 && !has_row && lane_ == __ffs(same_node) - 1;
+    // Ranks of a node lie next to each other in the order of ranks.
+    const SumOrder order = OrderByRank(has_row || is_sum ? dst_ : -1, p_.top_k);
+    if (has_row) {
+      list_.rows[order.place] = block_.here[dst_] + row_ * row_bytes_;
+      list_.weights[order.place] = scalar_;
+    } else if (is_sum) {
+      list_.rows[order.place] = Slot(node_) + header_bytes_;
+      list_.weights[order.place] = 1.0f;
+    }
+    if constexpr (!kWeighted) WriteScalars(has_row);
+    __syncwarp();
+    SumRows<kDType, kWeighted>(p_.out + token_ * row_bytes_, list_, order.count, 0,
+                               static_cast<int>(row_bytes_), lane_, 32);
+    __syncwarp();  // the list is read
+  }
+
+ private:
+  /// Early: what comes next depends on it.
+  __device__ void LoadNext() {
+    const bool loads = token_ + 1 < end_ && lane_ < p_.top_k;
+    const int64_t s = (token_ + 1) * p_.top_k + lane_;
+    next_dst_ = loads ? p_.plan.dest_rank[s] : -1;
+    next_row_ = loads ? p_.plan.dest_row[s] : -1;
+  }
+  __device__ const float* Scalars(int rank) const {
+    return reinterpret_cast<const float*>(block_.here[kMaxRanks + rank]);
+  }
+  /// The token in the ring from another node.
+  __device__ const char* Slot(int node) const {
+    return Base::InputSlot(node < rank_.node() ? node : node - 1);
+  }
+  /// Each selection's scalar; 0 for those without a row.
+  __device__ void WriteScalars(bool has_row) {
+    float* const to = p_.dweights + token_ * p_.top_k;
+    if (lane_ < p_.top_k && (has_row || node_ < 0)) to[lane_] = scalar_;
+    for (uint32_t others = nodes_ & ~(1u << rank_.node()); others != 0; others &= others - 1) {
+      const auto* header = reinterpret_cast<const SlotHeader*>(Slot(__ffs(others) - 1));
+      if (lane_ >= header->num_entries) continue;
+      const SlotHeader::Entry& entry = header->entries()[lane_];
+      to[entry.k] = __int_as_float(entry.word);
+    }
+  }
+
+  const CombineParams& p_;
+  const CombineBlock& block_;
+  SumList& list_;
+  const int64_t header_bytes_;
+  const int64_t row_bytes_;
+  const int channel_;
+  int64_t token_;
+  int64_t end_;
+  uint32_t nodes_ = 0;  // with rows of the token, a bit each
+  // Of selection `lane_`:
+  int32_t dst_ = -1;
+  int32_t node_ = -1;  // -1: no row
+  int64_t row_ = -1;
+  float scalar_ = 0;
+  int32_t next_dst_;
+  int32_t next_row_;
+};
+
+/// What the block's warps need of the published buffers. All threads.
+template <typename Net>
+__device__ void FillBlock(const Rank<Net>& rank, CombineBlock& block) {
+  const int i = threadIdx.x;
+  if (i < kMaxRanks) {
+    const int number = rank.NumberOf(i);
+    block.node_of[i] = static_cast<int8_t>(number < 0 ? -1 : rank.nodes().NodeOf(number));
+  }
+  if (i < rank.nodes().SizeOf(rank.node())) {
+    char* const* const here = block.here + rank.HostRank(i);
+    block.hosts[i] = {here[0], reinterpret_cast<const float*>(here[kMaxRanks]),
+                      reinterpret_cast<const int32_t*>(here[2 * kMaxRanks]),
+                      reinterpret_cast<const int32_t*>(here[3 * kMaxRanks]),
+                      reinterpret_cast<const int32_t*>(here[4 * kMaxRanks])};
+  }
+  __syncthreads();
+}
+
+/// This warp's stage, if it has one. False: somebody gave up.
+template <DType kDType, bool kWeighted, typename Net>
+__device__ bool RunCombine(Rank<Net>& rank, const CombineParams& p, CombineBlock& block) {
+  const int num_channels = rank.config().num_channels;
+  const int part = rank.warp() / num_channels;
+  const int channel = rank.warp() % num_channels;
+  if (part == 0) {
+    // The fewer inputs, the less to keep.
+    constexpr int kFew = 3;
+    if (rank.nodes().num_nodes - 1 <= kFew) {
+      return Home<kDType, kWeighted, kFew, Net>(rank, p, block, channel).Run();
+    }
+    return Home<kDType, kWeighted, kMaxRanks - 1, Net>(rank, p, block, channel).Run();
+  }
+  const int home = rank.SourceOf(part - 1);
+  return home < 0 || Reducer<kDType, kWeighted, Net>(rank, p, block, home, channel).Run();
+}
+
+template <DType kDType, bool kWeighted, typename Net>
+__global__ void __launch_bounds__(kCombineThreads, 1)
+    TwoHopCombineKernel(const __grid_constant__ Params<CombineParams, Net> params) {
+  const CombineParams& p = params.op;
+  auto& block = *reinterpret_cast<CombineBlock*>(DynamicShared());
+  Exchange exchange(p.peers, kWeighted ? ExchangeOp::kCombine : ExchangeOp::kDispatchGrad);
+  if (!exchange.takes_part()) {
+    return ZeroOutputs<kWeighted>(p, p.hidden * static_cast<int64_t>(SizeOf(kDType)));
+  }
+  Rank<Net> rank(params.context, params.net, exchange);
+  const void* mine[5] = {p.y, p.row_scalars, p.plan.arrival_rows, p.plan.row_source,
+                         p.plan.rows_per_source};
+  bool all_mapped;
+  if (!exchange.Begin(mine, block.here, block.flags, all_mapped)) return;
+  FillBlock(rank, block);
+  if (!RunCombine<kDType, kWeighted>(rank, p, block)) return;
+  exchange.Finish(block.flags);
+}
+
+}  // namespace wideep::two_hop
+
+namespace wideep {
+
+template <bool kWeighted, typename Net>
+Status LaunchTwoHopSum(const two_hop::Params<CombineParams, Net>& params, const char* op,
+                       cudaStream_t stream) {
+  const CombineParams& p = params.op;
+  if (Status status = CheckCombineShape(op, p.dtype, p.hidden, p.top_k); !status.ok()) {
+    return status;
+  }
+  using two_hop::TwoHopCombineKernel;
+  const auto kernel = p.dtype == DType::kBF16  ? TwoHopCombineKernel<DType::kBF16, kWeighted, Net>
+                      : p.dtype == DType::kF16 ? TwoHopCombineKernel<DType::kF16, kWeighted, Net>
+                                               : TwoHopCombineKernel<DType::kF32, kWeighted, Net>;
+  // All blocks: every stage has a warp.
+  return Launch(kernel, p.peers.num_sms, kCombineThreads, sizeof(two_hop::CombineBlock), stream,
+                params, op);
+}
+
+template <typename Net>
+Status LaunchTwoHopCombine(const two_hop::Params<CombineParams, Net>& params, cudaStream_t stream) {
+  if (params.op.dweights == nullptr) return LaunchTwoHopSum<true>(params, "combine", stream);
+  return LaunchTwoHopSum<false>(params, "dispatch's gradient", stream);
+}
+
+template <typename Net>
+Status LoadTwoHopCombine() {
+  using two_hop::TwoHopCombineKernel;
+  return LoadKernels<two_hop::Params<CombineParams, Net>>(
+      {TwoHopCombineKernel<DType::kBF16, true, Net>, TwoHopCombineKernel<DType::kF16, true, Net>,
+       TwoHopCombineKernel<DType::kF32, true, Net>, TwoHopCombineKernel<DType::kBF16, false, Net>,
+       TwoHopCombineKernel<DType::kF16, false, Net>, TwoHopCombineKernel<DType::kF32, false, Net>},
+      "combine over nodes");
+}
+
+}  // namespace wideep
