@@ -92,6 +92,11 @@ std::string Describe(const ErrorRecord& record, double deadline_s, int top_k) {
       }
       text << ". Pass what ll_dispatch returned for these tokens";
       break;
+    case Failure::kNotMapped:
+      text << "some buffers on the node of rank " << record.reporter
+           << " cannot be mapped by its other ranks, as an exchange between nodes needs. Use "
+              "zero_copy='auto', and memory of XLA that can be mapped";
+      break;
     case Failure::kDeadline:
     case Failure::kNone:
       text << "rank " << record.reporter << " waited longer than the deadline of " << deadline_s

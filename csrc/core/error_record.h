@@ -46,6 +46,7 @@ enum class Failure : uint32_t {
   kRepeatedExpert,  // an expert twice in a token: `got` at selection `expected`
   kOverflow,        // rows above the capacity: `got` wanted, `expected` the capacity
   kForeignRows,     // recv of another call: row_source or counts hold `got`, not below `expected`
+  kNotMapped,       // buffers of a rank have no address at the others of its node
 };
 
 struct ErrorRecord {

@@ -98,6 +98,10 @@ __device__ inline uint32_t atom_cas_acq_rel_gpu_u32(uint32_t* pointer, uint32_t 
   return before;
 }
 
+__device__ inline void red_add_relaxed_sys_u64(uint64_t* pointer, uint64_t v) {
+  asm volatile("red.relaxed.sys.global.add.u64 [%0], %1;" ::"l"(pointer), "l"(v) : "memory");
+}
+
 // ---- fences and time ----
 
 __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }

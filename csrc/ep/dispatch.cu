@@ -16,9 +16,8 @@ Status LaunchDispatch(const DispatchParams& params, cudaStream_t stream) {
   // Few tokens need few blocks: two rows a warp, and at least two blocks for the rings' two ends.
   const int64_t wanted = p.num_tokens / (2 * kWarpsPerBlock) + 1;
   const int blocks = static_cast<int>(std::clamp<int64_t>(wanted, 2, p.peers.num_sms));
-  const int64_t shared_bytes =
-      DispatchShared::kBuffers + int64_t{kWarpsPerBlock} * p.num_stages * p.piece_bytes;
-  return Launch(DispatchKernel, blocks, kDispatchThreads, shared_bytes, stream, p, "dispatch");
+  return Launch(DispatchKernel, blocks, kDispatchThreads, DispatchSharedBytes(p), stream, p,
+                "dispatch");
 }
 
 Status LoadDispatchKernels() { return LoadKernels({DispatchKernel}, "dispatch"); }

@@ -12,30 +12,13 @@
 // Nobody waits for single rows: Finish orders everything (exchange_protocol.cuh).
 #pragma once
 
-#include "csrc/core/launch.cuh"
 #include "csrc/ep/arrivals.cuh"
-#include "csrc/ep/bulk_pipe.cuh"
 #include "csrc/ep/dispatch.h"
+#include "csrc/ep/dispatch_shared.cuh"
 #include "csrc/ep/ring.cuh"
 #include "csrc/ep/zero_tail.cuh"
 
 namespace wideep {
-
-constexpr int kDispatchThreads = 32 * kWarpsPerBlock;
-constexpr int kMaxStages = 8;
-
-struct DispatchShared {
-  char* here[kMaxPublished * kMaxRanks];
-  uint32_t flags[kProtocolFlags];
-  uint64_t barriers[kWarpsPerBlock * kMaxStages];
-  // Followed, from the next multiple of 128, by num_stages * piece_bytes for each warp.
-
-  static constexpr int64_t kBuffers = 2048;
-  __device__ char* buffers(int warp, int64_t bytes_per_warp) {
-    return reinterpret_cast<char*>(this) + kBuffers + warp * bytes_per_warp;
-  }
-};
-static_assert(sizeof(DispatchShared) <= DispatchShared::kBuffers);
 
 /// Each token of this rank: its row into shared memory, and from there to all its places.
 __device__ inline void PushRows(const DispatchParams& p, const Exchange& exchange,
@@ -184,20 +167,6 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   }
   ZeroMaskedRows(exchange, p.plan, p.rows, p.row_weights, p.row_bytes);
   exchange.Finish(shared.flags);
-}
-
-/// Fills in what the caller left to the launcher.
-inline DispatchParams WithBuffers(DispatchParams p) {
-  // What a block may use less the fixed part, for each warp.
-  constexpr int64_t kBytesPerWarp =
-      (kMaxSharedBytes - DispatchShared::kBuffers) / kWarpsPerBlock / 128 * 128;
-  if (p.num_stages == 0) p.num_stages = 2;
-  if (p.piece_bytes == 0) {
-    const int64_t most = kBytesPerWarp / p.num_stages / 128 * 128;
-    const int64_t pieces = (p.row_bytes + most - 1) / most;
-    p.piece_bytes = static_cast<int32_t>(((p.row_bytes + pieces - 1) / pieces + 127) / 128 * 128);
-  }
-  return p;
 }
 
 }  // namespace wideep

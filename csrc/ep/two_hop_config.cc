@@ -79,6 +79,25 @@ Status MakeConfig(const GroupShape& shape, uint32_t masked, int64_t num_bytes, C
   return Status();
 }
 
+Status MakeContext(const GroupShape& shape, int rank, uint32_t masked, char* memory,
+                   int64_t num_bytes, Context& context) {
+  Config config;
+  if (Status status = MakeConfig(shape, masked, num_bytes, config); !status.ok()) return status;
+  context = Context();
+  context.layout = Layout(config);
+  context.memory = memory;
+  int number = 0;
+  for (int other = 0; other < shape.arena.num_ranks; ++other) {
+    if (shape.node_of_rank[other] == shape.node_of_rank[rank]) context.node_ranks |= 1u << other;
+    context.number_of[other] = -1;
+    if ((masked >> other & 1) != 0) continue;
+    context.rank_of[number] = static_cast<int8_t>(other);
+    context.number_of[other] = static_cast<int8_t>(number++);
+  }
+  context.number = context.number_of[rank];
+  return Status();
+}
+
 Status MemoryBytes(const GroupShape& shape, int64_t& num_bytes) {
   Config config;
   if (Status status = MakeConfig(shape, 0, 0, config); !status.ok()) return status;

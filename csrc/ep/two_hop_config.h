@@ -17,9 +17,23 @@ struct GroupShape {
   std::vector<int> node_of_rank;  // [num_ranks], never falling
 };
 
+/// A rank as its kernels know it, by value in their parameters.
+struct Context {
+  Layout layout;
+  char* memory = nullptr;   // layout.num_bytes(), then a RankState
+  uint32_t node_ranks = 0;  // PeerContext's
+  int32_t number = -1;      // this rank's among those that are not masked; -1: it is masked
+  int8_t rank_of[kMaxRanks] = {};
+  int8_t number_of[kMaxRanks] = {};  // -1: masked
+};
+
 /// Without the ranks whose bit is set, in at most `num_bytes` of memory (0: as much as is good).
 /// Fails if a rank has too few warps for its ends of rings, or the memory does not suffice.
 Status MakeConfig(const GroupShape& shape, uint32_t masked, int64_t num_bytes, Config& config);
+
+/// As above, for one rank with this memory.
+Status MakeContext(const GroupShape& shape, int rank, uint32_t masked, char* memory,
+                   int64_t num_bytes, Context& context);
 
 /// Registered memory that a rank needs, for any ranks that may be masked later.
 Status MemoryBytes(const GroupShape& shape, int64_t& num_bytes);

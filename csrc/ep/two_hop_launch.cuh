@@ -62,27 +62,11 @@ class TwoHopOverNet : public TwoHop {
 
   /// Clears this rank's memory, which no other rank may put to until it has returned.
   Status Reset(uint32_t masked) override {
-    two_hop::Config config;
-    if (Status status =
-            two_hop::MakeConfig(settings_.shape, masked, settings_.memory_bytes, config);
+    if (Status status = two_hop::MakeContext(settings_.shape, settings_.rank, masked,
+                                             settings_.memory, settings_.memory_bytes, context_);
         !status.ok()) {
       return status;
     }
-    two_hop::Context context;
-    context.layout = two_hop::Layout(config);
-    context.memory = settings_.memory;
-    int number = 0;
-    node_ranks_ = 0;
-    const std::vector<int>& nodes = settings_.shape.node_of_rank;
-    for (int rank = 0; rank < settings_.shape.arena.num_ranks; ++rank) {
-      if (nodes[rank] == nodes[settings_.rank]) node_ranks_ |= 1u << rank;
-      context.number_of[rank] = -1;
-      if ((masked >> rank & 1) != 0) continue;
-      context.rank_of[number] = static_cast<int8_t>(rank);
-      context.number_of[rank] = static_cast<int8_t>(number++);
-    }
-    context.number = context.number_of[settings_.rank];
-    context_ = context;
     Status status = Runtime(
         "cudaMemset", cudaMemset(settings_.memory, 0, static_cast<size_t>(settings_.memory_bytes)));
     if (status.ok()) status = Runtime("cudaDeviceSynchronize", cudaDeviceSynchronize());
@@ -93,7 +77,7 @@ class TwoHopOverNet : public TwoHop {
   template <typename Op>
   two_hop::Params<Op, Net> ParamsOf(const Op& op) const {
     two_hop::Params<Op, Net> params{op, context_, net_};
-    params.op.peers.node_ranks = node_ranks_;
+    params.op.peers.node_ranks = context_.node_ranks;
     return params;
   }
   static Status Runtime(const char* what, cudaError_t error) {
@@ -105,7 +89,6 @@ class TwoHopOverNet : public TwoHop {
   const TwoHopSettings settings_;
   const Net net_;
   two_hop::Context context_;
-  uint32_t node_ranks_ = 0;
 };
 
 /// Ready for the first op once every rank has made its own. Loads the kernels.

@@ -26,19 +26,10 @@
 #include <cstddef>
 
 #include "csrc/ep/exchange_protocol.cuh"
-#include "csrc/ep/two_hop_layout.h"
+#include "csrc/ep/two_hop_config.h"
 #include "csrc/ep/two_hop_protocol.h"
 
 namespace wideep::two_hop {
-
-/// One rank, by value in every kernel's parameters.
-struct Context {
-  Layout layout;
-  char* memory = nullptr;  // layout.num_bytes(), then a RankState
-  int32_t number = -1;     // this rank's; -1: it is masked
-  int8_t rank_of[kMaxRanks] = {};
-  int8_t number_of[kMaxRanks] = {};  // -1: masked
-};
 
 /// `Op`: DispatchParams, ..
 template <typename Op, typename Net>
@@ -69,6 +60,14 @@ class Rank {
   __device__ int NumberOf(int rank) const { return rank < 0 ? -1 : context_.number_of[rank]; }
   /// The rank of a host in this node, as slots name it.
   __device__ int HostRank(int index) const { return RankOf(nodes().first_rank[node_] + index); }
+  /// The ranks of a node, a bit each. A host's index is the number of bits below its own.
+  __device__ uint32_t RanksOf(int node) const {
+    uint32_t ranks = 0;
+    for (int i = nodes().first_rank[node]; i < nodes().first_rank[node + 1]; ++i) {
+      ranks |= 1u << RankOf(i);
+    }
+    return ranks;
+  }
 
   /// Warps of the launch, numbered so that neighbours lie in different blocks. Kernels give the
   /// first ones a Stage each, num_channels to each ring's end that the rank has.
@@ -118,6 +117,24 @@ class Rank {
   __device__ void Add(int number, int64_t word, uint64_t v) const {
     Release();
     if (threadIdx.x % 32 == 0) net_.Add(RankOf(number), word, v);
+  }
+
+  /// Exchange::Begin in the node, whose buffers have to be mapped. All threads of the block.
+  template <int kBuffers>
+  __device__ bool Begin(const void* const (&mine)[kBuffers], char** here, uint32_t* flags) const {
+    bool all_mapped;
+    bool ok = exchange_.Begin(mine, here, flags, all_mapped);
+    if (ok && !all_mapped && threadIdx.x == 0) {
+      exchange_.Fail(Failure::kNotMapped, Phase::kPublished, exchange_.rank(), 0, 0);
+    }
+    ok &= all_mapped;
+    if (!ok && threadIdx.x == 0) PassOnAbort();
+    return ok;
+  }
+  /// Exchange::Finish in the node. All threads of all blocks.
+  __device__ void Finish(uint32_t* flags) const {
+    exchange_.Finish(flags);
+    if (threadIdx.x == 0) PassOnAbort();
   }
 
   /// Whether to end a wait that began at `begin` (globaltimer). All lanes.

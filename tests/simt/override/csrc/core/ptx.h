@@ -62,6 +62,10 @@ SIMT_ADD(atom_add_acq_rel_gpu_u32, kAcqRel, kGpu)
 SIMT_ADD(atom_add_acq_rel_sys_u32, kAcqRel, kSys)
 #undef SIMT_ADD
 
+inline void red_add_relaxed_sys_u64(uint64_t* pointer, uint64_t v, Site site = Site::Here()) {
+  simt::FlagUpdate(Rmw::kAdd, pointer, 8, v, 0, Order::kRelaxed, Scope::kSys, site);
+}
+
 inline uint32_t atom_cas_acq_rel_gpu_u32(uint32_t* pointer, uint32_t expected, uint32_t v,
                                          Site site = Site::Here()) {
   return static_cast<uint32_t>(

@@ -1,0 +1,353 @@
+// Tokens go to their rows over nodes: dispatch, and the first half of combine's gradient.
+//
+//   senders     a warp for each (other node, channel): tokens with selections there, into staging
+//               memory and across
+//   forwarders  a warp for each (rank of another node that this rank stands for, channel): what
+//               comes, from its slot to all rows in this node
+//   own         the other warps: this rank's tokens with selections in its own node, to all of them
+//
+// Rows and weights are written in place. Within a node published: rows, row_weights; Finish orders
+// everything there. The second half of combine's gradient, a kernel of its own, has no peers.
+#pragma once
+
+#include "csrc/ep/combine.cuh"
+#include "csrc/ep/combine.h"
+#include "csrc/ep/dispatch_shared.cuh"
+#include "csrc/ep/two_hop_plan.h"
+#include "csrc/ep/two_hop_rank.cuh"
+#include "csrc/ep/zero_tail.cuh"
+
+namespace wideep {
+
+/// DispatchParams and CombineGradParams, as far as tokens go out.
+struct TwoHopTokens {
+  PeerContext peers;
+  PlanArrays plan;
+  ExchangeOp op = ExchangeOp::kDispatch;
+  int64_t num_tokens = 0;
+  int32_t top_k = 0;
+  int64_t row_bytes = 0;
+  int64_t capacity = 0;
+  bool zero_tail = true;
+  const char* x = nullptr;         // in  [num_tokens, row_bytes]
+  const float* weights = nullptr;  // in  [num_tokens, top_k]; null: none
+  char* rows = nullptr;            // out [capacity, row_bytes]
+  float* row_scalars = nullptr;    // out [capacity]: weights; without them zeroed past the rows
+  int32_t piece_bytes = 0;
+  int32_t num_stages = 0;
+};
+
+namespace two_hop {
+
+/// Tokens of [begin, end) with selections on some ranks, in order. All lanes.
+class TokensTo {
+ public:
+  __device__ TokensTo(const TwoHopTokens& p, uint32_t ranks, ChannelTokens tokens)
+      : p_(p), ranks_(ranks), window_(tokens.begin - 32), end_(tokens.end) {}
+
+  __device__ uint32_t ranks() const { return ranks_; }
+  /// -1: there are no more.
+  __device__ int64_t Next() {
+    while (found_ == 0) {
+      window_ += 32;
+      if (window_ >= end_) return -1;
+      const int64_t token = window_ + threadIdx.x % 32;
+      bool goes = false;
+      if (token < end_) {
+        for (int k = 0; k < p_.top_k; ++k) goes |= Has(p_.plan.dest_rank[token * p_.top_k + k]);
+      }
+      found_ = __ballot_sync(~0u, goes);
+    }
+    const int64_t token = window_ + __ffs(static_cast<int>(found_)) - 1;
+    found_ &= found_ - 1;
+    return token;
+  }
+  __device__ bool Has(int32_t dst) const { return dst >= 0 && (ranks_ >> dst & 1) != 0; }
+
+ private:
+  const TwoHopTokens& p_;
+  const uint32_t ranks_;
+  int64_t window_;
+  const int64_t end_;
+  uint32_t found_ = 0;
+};
+
+/// A row through shared memory. `store(offset, bytes)` by all lanes, for each piece.
+template <typename Store>
+__device__ void CopyRow(BulkPipe& pipe, const char* row, int64_t row_bytes, Store store) {
+  const auto pieces = static_cast<int>((row_bytes + pipe.piece_bytes() - 1) / pipe.piece_bytes());
+  const auto bytes_of = [&](int piece) {
+    return static_cast<uint32_t>(
+        min(int64_t{pipe.piece_bytes()}, row_bytes - int64_t{piece} * pipe.piece_bytes()));
+  };
+  const int ahead = pipe.num_stages() - 1;
+  for (int piece = 0; piece < pieces + ahead; ++piece) {
+    if (piece < pieces) {
+      pipe.Load(row + int64_t{piece} * pipe.piece_bytes(), bytes_of(piece));
+    }
+    const int out = piece - ahead;
+    if (out < 0) continue;
+    pipe.Wait();
+    store(int64_t{out} * pipe.piece_bytes(), bytes_of(out));
+    pipe.Release();
+  }
+}
+
+template <typename Net>
+class DispatchSender : public WarpStage<DispatchSender<Net>, Net, 0, 1> {
+ public:
+  __device__ DispatchSender(Rank<Net>& rank, const TwoHopTokens& p, int node, int channel,
+                            BulkPipe& pipe)
+      : DispatchSender::WarpStage(rank, Direction::kOut),
+        p_(p),
+        pipe_(pipe),
+        output_(rank.layout().Across(Direction::kOut, rank.number(), node, channel)),
+        tokens_(p, rank.RanksOf(node), TokensOf(p.num_tokens, channel, rank.config().num_channels)),
+        next_(tokens_.Next()) {}
+
+  __device__ RingPlace Output(int) const { return output_; }
+  /// The end has to be told even if nothing goes there.
+  __device__ bool Next(Bits<0>&) const { return !ended_; }
+  __device__ void Work() {
+    auto* const header = reinterpret_cast<SlotHeader*>(this->OutputSlot());
+    const int lane = this->lane_;
+    const int64_t token = next_;
+    if (token >= 0) next_ = tokens_.Next();
+    ended_ = next_ < 0;
+    uint32_t lanes = 0;
+    if (token >= 0) {
+      const int64_t s = token * p_.top_k + lane;
+      const int32_t dst = lane < p_.top_k ? p_.plan.dest_rank[s] : -1;
+      const bool goes = tokens_.Has(dst);
+      lanes = __ballot_sync(~0u, goes);
+      if (goes) {
+        SlotHeader::Entry entry{};
+        entry.host = static_cast<int16_t>(__popc(tokens_.ranks() & ((1u << dst) - 1)));
+        entry.k = static_cast<int16_t>(lane);
+        entry.row = p_.plan.dest_row[s];
+        if (p_.weights != nullptr) entry.word = __float_as_int(p_.weights[s]);
+        header->entries()[__popc(lanes & ((1u << lane) - 1))] = entry;
+      }
+    }
+    if (lane == 0) {
+      *header = {static_cast<int32_t>(token), __popc(lanes), ended_ ? 1 : 0, 0};
+    }
+    const int64_t header_bytes = SlotHeaderBytes(p_.top_k);
+    if (token < 0) return this->Wrote(header_bytes, /*has_row=*/false);
+    // Copies may overwrite what the last put from this slot has read.
+    ptx::fence_proxy_async();
+    char* const to = reinterpret_cast<char*>(header) + header_bytes;
+    CopyRow(pipe_, p_.x + token * p_.row_bytes, p_.row_bytes, [&](int64_t at, uint32_t bytes) {
+      if (lane == 0) pipe_.StoreForReading(to + at, bytes);
+    });
+    this->Wrote(header_bytes + p_.row_bytes, /*has_row=*/true);
+  }
+  __device__ void EndWrites() {
+    ptx::cp_async_bulk_wait_group<0>();
+    ptx::fence_proxy_async();
+  }
+
+ private:
+  const TwoHopTokens& p_;
+  BulkPipe& pipe_;
+  const RingPlace output_;
+  TokensTo tokens_;
+  int64_t next_;
+  bool ended_ = false;
+};
+
+template <typename Net>
+class DispatchForwarder : public WarpStage<DispatchForwarder<Net>, Net, 1, 0> {
+ public:
+  __device__ DispatchForwarder(Rank<Net>& rank, const TwoHopTokens& p, int source, int channel,
+                               char* const* here, BulkPipe& pipe)
+      : DispatchForwarder::WarpStage(rank, Direction::kOut),
+        p_(p),
+        here_(here),
+        pipe_(pipe),
+        input_(rank.layout().Across(Direction::kOut, source, rank.node(), channel)) {}
+
+  __device__ RingPlace Input(int) const { return input_; }
+  __device__ bool Next(Bits<1>& inputs) const {
+    if (!ended_) inputs.Set(0);
+    return !ended_;
+  }
+  __device__ void Work() {
+    const char* const slot = this->InputSlot(0);
+    const auto* const header = reinterpret_cast<const SlotHeader*>(slot);
+    const int32_t num_entries = header->num_entries;
+    ended_ = header->last != 0;
+    if (num_entries == 0) return;
+    char* to = nullptr;
+    if (this->lane_ < num_entries) {
+      const SlotHeader::Entry entry = header->entries()[this->lane_];
+      const int host = this->rank_.HostRank(entry.host);
+      to = here_[host] + entry.row * p_.row_bytes;
+      if (p_.weights != nullptr) {
+        reinterpret_cast<float*>(here_[kMaxRanks + host])[entry.row] = __int_as_float(entry.word);
+      }
+    }
+    // The slot was acquired; copies read it.
+    ptx::fence_proxy_async();
+    CopyRow(pipe_, slot + SlotHeaderBytes(p_.top_k), p_.row_bytes, [&](int64_t at, uint32_t bytes) {
+      if (to != nullptr) pipe_.Store(to + at, bytes);
+    });
+  }
+
+ private:
+  const TwoHopTokens& p_;
+  char* const* const here_;
+  BulkPipe& pipe_;
+  const RingPlace input_;
+  bool ended_ = false;
+};
+
+/// Part `part` of `num_parts` of this rank's tokens with selections in its own node.
+template <typename Net>
+__device__ void DispatchInNode(const Rank<Net>& rank, const TwoHopTokens& p, int part,
+                               int num_parts, char* const* here, BulkPipe& pipe) {
+  const int lane = threadIdx.x % 32;
+  TokensTo tokens(p, rank.RanksOf(rank.node()), TokensOf(p.num_tokens, part, num_parts));
+  for (int64_t token = tokens.Next(); token >= 0; token = tokens.Next()) {
+    char* to = nullptr;
+    const int64_t s = token * p.top_k + lane;
+    const int32_t dst = lane < p.top_k ? p.plan.dest_rank[s] : -1;
+    if (tokens.Has(dst)) {
+      const int64_t row = p.plan.dest_row[s];
+      to = here[dst] + row * p.row_bytes;
+      if (p.weights != nullptr) {
+        reinterpret_cast<float*>(here[kMaxRanks + dst])[row] = p.weights[s];
+      }
+    }
+    CopyRow(pipe, p.x + token * p.row_bytes, p.row_bytes, [&](int64_t at, uint32_t bytes) {
+      if (to != nullptr) pipe.Store(to + at, bytes);
+    });
+  }
+}
+
+/// This warp's part. False: somebody gave up.
+template <typename Net>
+__device__ bool DispatchTokens(Rank<Net>& rank, const TwoHopTokens& p, char* const* here,
+                               BulkPipe& pipe) {
+  const int channels = rank.config().num_channels;
+  const int num_other = rank.nodes().num_nodes - 1;
+  const int num_ends = num_other + rank.num_sources();
+  const int end = rank.warp() / channels;
+  const int channel = rank.warp() % channels;
+  if (end < num_other) {
+    return DispatchSender<Net>(rank, p, rank.OtherNode(end), channel, pipe).Run();
+  }
+  if (end < num_ends) {
+    return DispatchForwarder<Net>(rank, p, rank.SourceOf(end - num_other), channel, here, pipe)
+        .Run();
+  }
+  const int first = num_ends * channels;
+  DispatchInNode(rank, p, rank.warp() - first, rank.num_warps() - first, here, pipe);
+  return true;
+}
+
+}  // namespace two_hop
+
+template <typename Net>
+__global__ void __launch_bounds__(kDispatchThreads, 1)
+    TwoHopDispatchKernel(const __grid_constant__ two_hop::Params<TwoHopTokens, Net> params) {
+  const TwoHopTokens& p = params.op;
+  DispatchShared& shared = *reinterpret_cast<DispatchShared*>(DynamicShared());
+  Exchange exchange(p.peers, p.op);
+  if (!exchange.takes_part()) {
+    return ZeroRows(p.plan, p.zero_tail, p.rows, p.row_scalars, p.capacity, p.row_bytes);
+  }
+  two_hop::Rank<Net> rank(params.context, params.net, exchange);
+  const void* mine[2] = {p.rows, p.row_scalars};
+  if (!rank.Begin(mine, shared.here, shared.flags)) return;
+  const int warp = threadIdx.x / 32;
+  BulkPipe pipe(shared.buffers(warp, int64_t{p.num_stages} * p.piece_bytes),
+                shared.barriers + warp * kMaxStages, p.piece_bytes, p.num_stages);
+  if (!two_hop::DispatchTokens(rank, p, shared.here, pipe)) return;
+  if (p.zero_tail) ZeroTail(p.rows, p.row_scalars, *p.plan.num_rows, p.capacity, p.row_bytes);
+  ZeroMaskedRows(exchange, p.plan, p.rows, p.row_scalars, p.row_bytes);
+  rank.Finish(shared.flags);
+}
+
+/// Combine's gradient where each row's dout lies in its place in dy: dy and the dot products.
+template <DType kDType>
+__global__ void __launch_bounds__(kCombineThreads, 1)
+    ScaleRowsKernel(const __grid_constant__ CombineGradParams p) {
+  Exchange exchange(p.peers, ExchangeOp::kCombineGrad);
+  if (!exchange.takes_part()) return;
+  const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
+  const int lane = threadIdx.x % 32;
+  const int warp = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  const int num_warps = static_cast<int>(gridDim.x * blockDim.x) / 32;
+  for (int src = 0; src < exchange.num_ranks(); ++src) {
+    // Those of a masked rank are zero already.
+    if (exchange.IsMasked(src)) continue;
+    const SourceArrivals arrivals(p.plan, src, p.top_k);
+    for (int32_t i = arrivals.begin() + warp; i < arrivals.end(); i += num_warps) {
+      const int32_t row = p.plan.arrival_rows[i];
+      ScaleAndDot<kDType>(p, p.dy + row * row_bytes, row, 1, lane);
+    }
+  }
+}
+
+template <typename Net>
+Status LoadTwoHopDispatch() {
+  Status status =
+      LoadKernels<two_hop::Params<TwoHopTokens, Net>>({TwoHopDispatchKernel<Net>}, "dispatch");
+  if (!status.ok()) return status;
+  return LoadKernels<CombineGradParams>(
+      {ScaleRowsKernel<DType::kF32>, ScaleRowsKernel<DType::kBF16>, ScaleRowsKernel<DType::kF16>},
+      "combine's gradient");
+}
+
+template <typename Net>
+Status LaunchTwoHopTokens(two_hop::Params<TwoHopTokens, Net> params, cudaStream_t stream,
+                          const char* op) {
+  TwoHopTokens& p = params.op;
+  p = WithBuffers(p);
+  const int64_t slot_bytes = two_hop::SlotHeaderBytes(p.top_k) + p.row_bytes;
+  if (p.row_bytes % 16 != 0 || p.top_k > kMaxKernelTopK ||
+      slot_bytes > params.context.layout.config().slot_bytes) {
+    return Status::InvalidArgument(
+        std::string(op) + ": expected rows of a multiple of 16 bytes, top_k of at most " +
+        std::to_string(kMaxKernelTopK) + " and slots of at most " +
+        std::to_string(params.context.layout.config().slot_bytes) + " bytes on CUDA, got " +
+        std::to_string(p.row_bytes) + " bytes, top_k " + std::to_string(p.top_k) +
+        " and slots of " + std::to_string(slot_bytes) + " bytes");
+  }
+  return Launch(TwoHopDispatchKernel<Net>, p.peers.num_sms, kDispatchThreads,
+                DispatchSharedBytes(p), stream, params, op);
+}
+
+template <typename Net>
+Status LaunchTwoHopDispatch(const two_hop::Params<DispatchParams, Net>& params,
+                            cudaStream_t stream) {
+  const DispatchParams& p = params.op;
+  const TwoHopTokens tokens{
+      p.peers,     p.plan,        ExchangeOp::kDispatch, p.num_tokens, p.top_k,
+      p.row_bytes, p.capacity,    p.zero_tail,           p.x,          p.weights,
+      p.rows,      p.row_weights, p.piece_bytes,         p.num_stages};
+  return LaunchTwoHopTokens<Net>({tokens, params.context, params.net}, stream, "dispatch");
+}
+
+template <typename Net>
+Status LaunchTwoHopCombineGrad(const two_hop::Params<CombineGradParams, Net>& params,
+                               cudaStream_t stream) {
+  constexpr const char* kOp = "combine's gradient";
+  const CombineGradParams& p = params.op;
+  const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(p.dtype));
+  const TwoHopTokens tokens{p.peers,      p.plan,      ExchangeOp::kCombineGrad,
+                            p.num_tokens, p.top_k,     row_bytes,
+                            p.capacity,   p.zero_tail, p.dout,
+                            nullptr,      p.dy,        p.drow_weights};
+  if (Status status = LaunchTwoHopTokens<Net>({tokens, params.context, params.net}, stream, kOp);
+      !status.ok()) {
+    return status;
+  }
+  const auto scale = p.dtype == DType::kF32    ? ScaleRowsKernel<DType::kF32>
+                     : p.dtype == DType::kBF16 ? ScaleRowsKernel<DType::kBF16>
+                                               : ScaleRowsKernel<DType::kF16>;
+  return Launch(scale, p.peers.num_sms, kCombineThreads, 0, stream, p, kOp);
+}
+
+}  // namespace wideep

@@ -1,0 +1,115 @@
+// Virtual ranks on virtual nodes: what the kernels of the exchange between nodes need beside
+// virtual_ranks.h, and a network that copies.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "csrc/core/ptx.h"
+#include "csrc/ep/two_hop_rank.cuh"
+#include "tests/cpp/check.h"
+#include "tests/kernels/virtual_ranks.h"
+
+namespace wideep {
+namespace testing {
+
+/// Puts are stores of the calling lanes, each word a release by lane 0.
+struct RingNet {
+  char* memory[kMaxRanks];
+  char* arenas[kMaxRanks];
+
+  __device__ void PutWarp(int rank, int64_t to, const char* from, int64_t num_bytes, int64_t signal,
+                          uint64_t v) const {
+    for (int64_t at = threadIdx.x % 32 * 16; at < num_bytes; at += 32 * 16) {
+      ptx::st_global_v4(memory[rank] + to + at, ptx::ld_global_no_allocate_v4(from + at));
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      ptx::st_release_sys_u64(reinterpret_cast<uint64_t*>(memory[rank] + signal), v);
+    }
+  }
+  __device__ void Add(int rank, int64_t word, uint64_t v) const {
+    ptx::red_add_relaxed_sys_u64(reinterpret_cast<uint64_t*>(memory[rank] + word), v);
+  }
+  __device__ void PutControl(int rank, int64_t offset, uint32_t v) const {
+    ptx::st_relaxed_sys_u32(reinterpret_cast<uint32_t*>(arenas[rank] + offset), v);
+  }
+};
+
+/// Nodes of the given sizes over `ranks`. Other nodes' arenas have no address.
+template <typename Machine>
+class VirtualNodes {
+ public:
+  VirtualNodes(VirtualRanks<Machine>& ranks, const std::vector<int>& node_sizes) : ranks_(ranks) {
+    const GroupSettings& group = ranks.settings();
+    shape_.arena = {group.num_ranks,     group.num_experts, group.top_k,
+                    group.max_row_bytes, group.num_sms,     group.chunk};
+    for (size_t node = 0; node < node_sizes.size(); ++node) {
+      for (int i = 0; i < node_sizes[node]; ++i) {
+        shape_.node_of_rank.push_back(static_cast<int>(node));
+      }
+    }
+    CHECK_EQ(static_cast<int>(shape_.node_of_rank.size()), group.num_ranks);
+    const Status status = two_hop::MemoryBytes(shape_, memory_bytes_);
+    if (!status.ok()) check::Fail(__FILE__, __LINE__, status.message());
+    for (int rank = 0; rank < group.num_ranks; ++rank) {
+      net_.memory[rank] =
+          static_cast<char*>(ranks.machine().Allocate(rank, static_cast<uint64_t>(memory_bytes_)));
+      net_.arenas[rank] = ranks.context(rank).arena;
+      ForgetOtherNodes(rank);
+    }
+    contexts_.resize(group.num_ranks);
+    Reset(0);
+  }
+
+  /// What TwoHop::Reset does on every rank; VirtualRanks::Mask comes with it.
+  void Reset(uint32_t masked) {
+    for (int rank = 0; rank < ranks_.num_ranks(); ++rank) {
+      const Status status = two_hop::MakeContext(shape_, rank, masked, net_.memory[rank],
+                                                 memory_bytes_, contexts_[rank]);
+      if (!status.ok()) check::Fail(__FILE__, __LINE__, status.message());
+      ranks_.machine().Fill(net_.memory[rank], 0, memory_bytes_);
+    }
+  }
+
+  const two_hop::GroupShape& shape() const { return shape_; }
+  const two_hop::Context& context(int rank) const { return contexts_[rank]; }
+  const two_hop::Nodes& nodes() const { return contexts_[0].layout.config().nodes; }
+  const RingNet& net() const { return net_; }
+  int64_t memory_bytes() const { return memory_bytes_; }
+
+  /// What LaunchTwoHop.. take, from an op's params.
+  template <typename Op>
+  two_hop::Params<Op, RingNet> Params(int rank, const Op& op) const {
+    two_hop::Params<Op, RingNet> params{op, contexts_[rank], net_};
+    params.op.peers.node_ranks = contexts_[rank].node_ranks;
+    return params;
+  }
+  two_hop::RankState State(int rank) {
+    const auto* state = reinterpret_cast<const two_hop::RankState*>(
+        net_.memory[rank] + contexts_[rank].layout.num_bytes());
+    return ranks_.template Read<two_hop::RankState>(state, 1)[0];
+  }
+
+ private:
+  void ForgetOtherNodes(int rank) {
+    char* const at = ranks_.context(rank).arena + ranks_.context(rank).layout.peer_table;
+    PeerTable table;
+    ranks_.machine().CopyOut(&table, at, sizeof(table));
+    for (int peer = 0; peer < ranks_.num_ranks(); ++peer) {
+      if (shape_.node_of_rank[peer] == shape_.node_of_rank[rank]) continue;
+      table.arena[peer] = nullptr;
+      table.num_regions[peer] = 0;
+    }
+    ranks_.machine().CopyIn(at, &table, sizeof(table));
+  }
+
+  VirtualRanks<Machine>& ranks_;
+  two_hop::GroupShape shape_;
+  RingNet net_{};
+  int64_t memory_bytes_ = 0;
+  std::vector<two_hop::Context> contexts_;
+};
+
+}  // namespace testing
+}  // namespace wideep
