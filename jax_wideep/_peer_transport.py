@@ -120,10 +120,7 @@ def connect(settings: PeerSettings) -> PeerTransport:
     """
     module = _ffi.cuda_module()
     processes = {device.process_index for device in settings.devices.flat}
-    timeout_s = _bootstrap.timeout_s(settings.deadline_s, _SHORTEST_WAIT_S)
-    meeting = _bootstrap.Bootstrap(
-        sorted(processes), jax.process_index(), _ffi.coordination_client(), timeout_s
-    )
+    meeting = _meet(settings, processes)
     places = [
         _Place(rank, subgroup, device)
         for (rank, subgroup), device in np.ndenumerate(settings.devices)
@@ -166,7 +163,9 @@ def connect(settings: PeerSettings) -> PeerTransport:
         _check_regions(meeting, memory, nodes)
 
     try:
-        node_meeting = meeting if nodes is None else _meet_node(meeting, settings, places[0], nodes)
+        node_meeting = (
+            meeting if nodes is None else _meet(settings, _node_processes(settings, places[0], nodes))
+        )
         _map_peers(node_meeting, places, ranks, memory, arena)
     except _bootstrap.BootstrapError:  # a process is missing: it would be missed again below
         raise
@@ -179,6 +178,11 @@ def connect(settings: PeerSettings) -> PeerTransport:
         ranks, settings.deadline_s, settings.top_k, settings.zero_copy == "auto", across_nodes
     )
     return PeerTransport(module, handle, num_sms, dispatch_form, combine_form)
+
+
+def _meet(settings: PeerSettings, processes: set[int]) -> _bootstrap.Bootstrap:
+    timeout_s = _bootstrap.timeout_s(settings.deadline_s, _SHORTEST_WAIT_S)
+    return _bootstrap.Bootstrap(sorted(processes), jax.process_index(), _ffi.coordination_client(), timeout_s)
 
 
 def choose_num_sms(asked: int | None, num_ranks: int, gpus: Sequence[dict[str, Any]]) -> int:
@@ -290,19 +294,14 @@ def _spans_nodes(nodes: list[list[int]]) -> bool:
     return any(len(set(group)) > 1 for group in nodes)
 
 
-def _meet_node(
-    meeting: _bootstrap.Bootstrap, settings: PeerSettings, place: _Place, nodes: list[list[int]]
-) -> _bootstrap.Bootstrap:
+def _node_processes(settings: PeerSettings, place: _Place, nodes: list[list[int]]) -> set[int]:
     """The processes of this rank's node: descriptors of memory go no further than a host."""
     own = nodes[place.subgroup]
-    processes = {
+    return {
         device.process_index
         for device, node in zip(settings.devices[:, place.subgroup], own, strict=True)
         if node == own[place.rank]
     }
-    return _bootstrap.Bootstrap(
-        sorted(processes), meeting.process, _ffi.coordination_client(), _bootstrap.TIMEOUT_S
-    )
 
 
 def _check_regions(

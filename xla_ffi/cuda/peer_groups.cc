@@ -11,6 +11,8 @@ Code CodeOf(Failure failure) {
       return Code::kInvalidArgument;
     case Failure::kOverflow:
       return Code::kOutOfRange;
+    case Failure::kNotMapped:
+      return Code::kFailedPrecondition;
     case Failure::kDeadline:
     case Failure::kNone:
       break;
