@@ -167,6 +167,7 @@ EXCHANGE_CUDA_HEADERS = [
     "csrc/ep/two_hop.h",
     "csrc/ep/two_hop_dispatch.cuh",
     "csrc/ep/two_hop_launch.cuh",
+    "csrc/ep/two_hop_plan.cuh",
     "csrc/ep/two_hop_rank.cuh",
     "csrc/ep/zero_tail.cuh",
     "csrc/transport/device_memory.h",
@@ -253,4 +254,7 @@ SIMT_TESTS = [
     "tests/simt/low_latency_relay_simt_test.cc",
     "tests/simt/low_latency_simt_test.cc",
     "tests/simt/simt_test.cc",
+    "tests/simt/two_hop_combine_simt_test.cc",
+    "tests/simt/two_hop_dispatch_simt_test.cc",
+    "tests/simt/two_hop_plan_simt_test.cc",
 ]

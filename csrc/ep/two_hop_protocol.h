@@ -119,7 +119,9 @@ struct Stage {
         return Progress::kMoved;
       case kInputs:
         while (ready < kMaxInputs && !inputs.Has(ready)) ++ready;
-        if (ready < kMaxInputs) return WaitForInput(env, ready);
+        if constexpr (kMaxInputs > 0) {
+          if (ready < kMaxInputs) return WaitForInput(env, ready);
+        }
         phase = kChoose;
         return Progress::kMoved;
       case kChoose:
@@ -130,7 +132,9 @@ struct Stage {
         return Progress::kMoved;
       case kOutputs:
         while (ready < kMaxOutputs && !outputs.Has(ready)) ++ready;
-        if (ready < kMaxOutputs) return WaitForOutput(env, ready);
+        if constexpr (kMaxOutputs > 0) {
+          if (ready < kMaxOutputs) return WaitForOutput(env, ready);
+        }
         phase = kWork;
         return Progress::kMoved;
       case kWork:
