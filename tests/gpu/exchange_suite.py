@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 from launch import PLANNED_DEATH
+from leaving import leave
 from world import World
 
 import jax_wideep as wep
@@ -68,8 +69,8 @@ def plan_arrays(plan):
     return {name: jnp.atleast_1d(getattr(plan, name)) for name in names.split()}
 
 
-def whole_step(world, group, capacity, **options):
-    """Everything that one layer does, forward and backward, for a made-up expert."""
+def whole_step(world, group, capacity, like=None, **options):
+    """Everything that one layer does, forward and backward, for a made-up expert; compiled for inputs `like` these."""
 
     def body(x, weights, topk_idx, cotangent, scale):
         def forward(x, weights):
@@ -91,6 +92,9 @@ def whole_step(world, group, capacity, **options):
 
     step = world.on_ranks(body)
     scale = world.put(np.full((world.num_ranks, 1), SCALE, np.float32))
+    if like is not None:
+        x, weights, topk_idx = map(world.put, like)
+        step = world.compile(step, x, weights, topk_idx, x, scale)
     return lambda *arrays: step(*arrays, scale)
 
 
@@ -395,8 +399,8 @@ def expect_failure(group, step, arrays, words, deadline_s):
         assert words[0] in str(error), error  # a later op of the step raises, if the record is there by then
     took = time.monotonic() - began
     assert took < deadline_s + 2, f"took {took:.1f} s"
-    raising = [group.check]
-    if "--xla_gpu_enable_command_buffer= " in os.environ.get("XLA_FLAGS", "") + " ":
+    raising = [group.check] if group.backend == "cuda" else []
+    if group.backend == "cpu" or "--xla_gpu_enable_command_buffer= " in os.environ.get("XLA_FLAGS", "") + " ":
         raising.append(lambda: jax.block_until_ready(step(*arrays)))
     for raises in raising:
         try:
@@ -428,8 +432,8 @@ def check_delayed(world):
     inputs = draw(world, 14, 256, jnp.bfloat16)
     capacity = world.num_ranks * TOKENS * TOP_K
     with world.group(**settings(world), deadline_s=DEADLINE_S) as group:
-        step = world.on_ranks(lambda *arrays: layer(group, *arrays, capacity))
         arrays = [world.put(array) for array in inputs]
+        step = world.compile(world.on_ranks(lambda *arrays: layer(group, *arrays, capacity)), *arrays)
         jax.block_until_ready(step(*arrays))
         world.barrier()
         if world.process == late:
@@ -446,35 +450,32 @@ def check_delayed(world):
 
 def check_killed(world):
     """A process that ends between two steps; the last check of a job, which its process cannot leave in good order."""
-    if world.backend != "cuda" or world.num_processes == 1:
+    if world.num_processes == 1:
         return
     victim = world.num_ranks - 1
     capacity = world.num_ranks * TOKENS * TOP_K
     group = world.group(**settings(world), deadline_s=DEADLINE_S)
-    step = world.on_ranks(lambda *arrays: layer(group, *arrays, capacity))
     arrays = [world.put(array) for array in draw(world, 16, 256, jnp.bfloat16)]
+    step = world.compile(world.on_ranks(lambda *arrays: layer(group, *arrays, capacity)), *arrays)
     jax.block_until_ready(step(*arrays))
     world.barrier()
     if world.process == victim:
         os._exit(PLANNED_DEATH)
-    words = ["make_plan: ", f"for rank {victim}"]
+    words = ["make_plan: ", world.missing(victim)]
     expect_failure(group, step, arrays, words, DEADLINE_S)
     group.close()
     world.say("killed: ok")
-    world.barrier(absent=[victim])
-    if world.process == 0:
-        time.sleep(1)  # the others leave before the coordination service does
-    os._exit(0)
+    leave()
 
 
 def check_killed_then_masked(world):
     """A process ends between two steps; the others leave its rank out and go on, twice. The last check of a job."""
-    if world.backend != "cuda" or world.num_processes < 3:
+    if world.num_processes < 3:
         return
     victims = [world.num_ranks - 1, world.num_ranks - 2]
     capacity = world.num_ranks * TOKENS * TOP_K
     group = world.group(**settings(world), deadline_s=DEADLINE_S)
-    step = whole_step(world, group, capacity)
+    step = whole_step(world, group, capacity, like=draw(world, 17, 256, jnp.bfloat16))
     for number, victim in enumerate(victims[: world.num_ranks - 2]):
         masked = sorted(victims[:number])
         run_and_check(world, step, draw(world, 17, 256, jnp.bfloat16), capacity, jnp.bfloat16, 18, masked)
@@ -485,7 +486,7 @@ def check_killed_then_masked(world):
         cotangent = np.random.default_rng(20).normal(size=x.shape).astype(x.dtype)
         arrays = [world.put(array) for array in (x, weights, topk_idx, cotangent)]
         # Each of the step's five kernels finds out by itself, or is told.
-        expect_failure(group, step, arrays, ["make_plan: ", f"for rank {victim}"], DEADLINE_S)
+        expect_failure(group, step, arrays, ["make_plan: ", world.missing(victim)], DEADLINE_S)
         masked = sorted([*masked, victim])
         group.mask_ranks(masked)
         group.check()
@@ -495,10 +496,7 @@ def check_killed_then_masked(world):
         group.check()
     group.close()
     world.say("killed_then_masked: ok")
-    world.barrier(absent=masked)
-    if world.process == 0:
-        time.sleep(1)  # the others leave before the coordination service does
-    os._exit(0)
+    leave()
 
 
 CHECKS = {

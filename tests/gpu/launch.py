@@ -23,6 +23,9 @@ import sys
 import tempfile
 import time
 
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+import leaving
+
 # What a script's process ends with when it means to die.
 PLANNED_DEATH = 99
 
@@ -38,7 +41,8 @@ def environment(
 ) -> dict[str, str]:
     root = pathlib.Path(__file__).parents[2]
     paths = [
-        str(root),
+        # Beside its sources lies the module for GPUs; for CPU devices it is installed.
+        "" if "WIDEEP_CPU_RANKS" in os.environ else str(root),
         str(root / "tests"),
         str(pathlib.Path(__file__).parent),
         os.environ.get("PYTHONPATH", ""),
@@ -81,6 +85,8 @@ def wait(processes: list[subprocess.Popen], timeout_s: float) -> tuple[int | Non
                 return number, f"ended with status {code}"
         if None not in codes:
             return None, ""
+        if None not in codes[1:]:
+            leaving.let_first_leave(processes)
         if time.monotonic() > deadline:
             return codes.index(None), f"was still running after {timeout_s:g} s"
         time.sleep(0.05)
@@ -129,6 +135,7 @@ def main() -> int:
                     subprocess.Popen(
                         [sys.executable, *program, *arguments.arguments],
                         env=environment(arguments, number, port, scratch),
+                        stdin=leaving.stdin_of(number),
                         stdout=log,
                         stderr=subprocess.STDOUT,
                     )

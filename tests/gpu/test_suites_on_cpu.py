@@ -31,3 +31,18 @@ def test_suite(suite, checks):
     assert done.returncode == 0, done.stderr[-3000:]
     for check in checks:
         assert f"{check}: ok" in done.stdout
+
+
+@pytest.mark.parametrize("suite", ["exchange", "low_latency"])
+def test_processes_that_end_on_purpose(suite):
+    environment = {"JAX_PLATFORMS": "cpu", "WIDEEP_CPU_RANKS": "1"}
+    done = subprocess.run(
+        [sys.executable, FOLDER / "launch.py", "3", FOLDER / f"{suite}_suite.py", "killed_then_masked"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert "killed_then_masked: ok" in done.stdout and "3 processes" in done.stdout

@@ -3,6 +3,7 @@
 python tests/gpu/launch.py 8 script.py            eight GPU ranks
 WIDEEP_GROUP='{"transport": "nvshmem"}' ..         settings of all groups, unless the script has its own
 WIDEEP_CPU_RANKS=8 python script.py                eight CPU ranks in one process, to try the script itself
+WIDEEP_CPU_RANKS=2 python tests/gpu/launch.py 3 ..      six in three processes
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class World:
             os.environ["JAX_PLATFORMS"] = "cpu"
             jax.config.update("jax_platforms", "cpu")
             wep.use_cpu_devices(cpu_ranks)
-        elif self.num_processes > 1:
+        if self.num_processes > 1:
+            coordinator, devices = os.environ["WIDEEP_COORDINATOR"], None if cpu_ranks else [0]
             jax.distributed.initialize(
-                os.environ["WIDEEP_COORDINATOR"], self.num_processes, self.process, local_device_ids=[0]
+                coordinator, self.num_processes, self.process, local_device_ids=devices
             )
         self.backend = os.environ.get("WIDEEP_BACKEND", "cpu" if cpu_ranks else "cuda")
         self.devices = np.array(jax.devices())
@@ -76,6 +78,17 @@ class World:
             present = [p for p in range(self.num_processes) if p not in absent]
             name = f"wideep_test_barrier_{self._barriers}"
             _ffi.coordination_client().wait_at_barrier(name, int(timeout_s * 1e3), present)
+
+    def missing(self, rank: int) -> str:
+        """How an error names a rank that is alone in its process and did not come."""
+        on_cpu = f"{rank} of {self.num_ranks} (in process {rank})"
+        return on_cpu if self.backend == "cpu" else f"for rank {rank}"
+
+    def compile(self, function: Callable[..., Any], *arrays: jax.Array) -> Callable[..., Any]:
+        """A jitted function for such arrays, compiled on all processes: none of it counts against a deadline."""
+        compiled = function.lower(*arrays).compile()
+        self.barrier()
+        return compiled
 
     def run(self, checks: Mapping[str, Callable[[World], None]], names: Iterable[str]) -> None:
         """The checks of these names, one after the other."""
