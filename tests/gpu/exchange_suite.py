@@ -29,7 +29,6 @@ import jax_wideep as wep
 EPS = {jnp.float32: 1e-6, jnp.float16: 1e-3, jnp.bfloat16: 8e-3}
 TOKENS, TOP_K, LOCAL_EXPERTS = 37, 4, 4
 SCALE = 1.5
-DEADLINE_S = 1.0
 
 # Every form of every op: zero-copy in both directions, and through the rings.
 PATHS = {
@@ -431,17 +430,17 @@ def check_delayed(world):
     late = world.num_ranks - 1
     inputs = draw(world, 14, 256, jnp.bfloat16)
     capacity = world.num_ranks * TOKENS * TOP_K
-    with world.group(**settings(world), deadline_s=DEADLINE_S) as group:
+    with world.group(**settings(world), deadline_s=world.deadline_s) as group:
         arrays = [world.put(array) for array in inputs]
         step = world.compile(world.on_ranks(lambda *arrays: layer(group, *arrays, capacity)), *arrays)
         jax.block_until_ready(step(*arrays))
         world.barrier()
         if world.process == late:
-            time.sleep(DEADLINE_S + 1)
-        words = ["make_plan: ", f"waited longer than the deadline of 1 s for rank {late}"]
+            time.sleep(world.deadline_s + 1)
+        words = ["make_plan: ", f"waited longer than the deadline of {world.deadline_s:g} s for rank {late}"]
         if world.process == late:
             words = words[:1]  # what it is told by the others
-        expect_failure(group, step, arrays, words, DEADLINE_S)
+        expect_failure(group, step, arrays, words, world.deadline_s)
         world.barrier()
     with world.group(**settings(world)) as group:
         step = whole_step(world, group, capacity)
@@ -454,7 +453,7 @@ def check_killed(world):
         return
     victim = world.num_ranks - 1
     capacity = world.num_ranks * TOKENS * TOP_K
-    group = world.group(**settings(world), deadline_s=DEADLINE_S)
+    group = world.group(**settings(world), deadline_s=world.deadline_s)
     arrays = [world.put(array) for array in draw(world, 16, 256, jnp.bfloat16)]
     step = world.compile(world.on_ranks(lambda *arrays: layer(group, *arrays, capacity)), *arrays)
     jax.block_until_ready(step(*arrays))
@@ -462,7 +461,7 @@ def check_killed(world):
     if world.process == victim:
         os._exit(PLANNED_DEATH)
     words = ["make_plan: ", world.missing(victim)]
-    expect_failure(group, step, arrays, words, DEADLINE_S)
+    expect_failure(group, step, arrays, words, world.deadline_s)
     group.close()
     world.say("killed: ok")
     leave()
@@ -474,7 +473,7 @@ def check_killed_then_masked(world):
         return
     victims = [world.num_ranks - 1, world.num_ranks - 2]
     capacity = world.num_ranks * TOKENS * TOP_K
-    group = world.group(**settings(world), deadline_s=DEADLINE_S)
+    group = world.group(**settings(world), deadline_s=world.deadline_s)
     step = whole_step(world, group, capacity, like=draw(world, 17, 256, jnp.bfloat16))
     for number, victim in enumerate(victims[: world.num_ranks - 2]):
         masked = sorted(victims[:number])
@@ -486,7 +485,7 @@ def check_killed_then_masked(world):
         cotangent = np.random.default_rng(20).normal(size=x.shape).astype(x.dtype)
         arrays = [world.put(array) for array in (x, weights, topk_idx, cotangent)]
         # Each of the step's five kernels finds out by itself, or is told.
-        expect_failure(group, step, arrays, ["make_plan: ", world.missing(victim)], DEADLINE_S)
+        expect_failure(group, step, arrays, ["make_plan: ", world.missing(victim)], world.deadline_s)
         masked = sorted([*masked, victim])
         group.mask_ranks(masked)
         group.check()

@@ -161,8 +161,8 @@ def check_killed_then_masked(world):
     """A process ends between two calls; the others leave its rank out and go on. The last check of a job."""
     if world.num_processes < 3:
         return
-    victim, deadline_s = world.num_ranks - 1, 1.0
-    group = world.group(**settings(world), deadline_s=deadline_s)
+    victim = world.num_ranks - 1
+    group = world.group(**settings(world), deadline_s=world.deadline_s)
     x, weights, topk_idx, cotangent = map(world.put, draw(world, 0, jnp.bfloat16, CHUNK))
     scale = world.put(np.full((world.num_ranks, 1), SCALE, np.float32))
     call = world.compile(whole_call(world, group, "fp8", False), x, weights, topk_idx, cotangent, scale)

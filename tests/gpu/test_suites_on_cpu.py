@@ -25,7 +25,7 @@ def test_suite(suite, checks):
         env=os.environ | {"WIDEEP_CPU_RANKS": "2", "PYTHONPATH": str(FOLDER.parent)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -41,7 +41,7 @@ def test_processes_that_end_on_purpose(suite):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:]

@@ -49,6 +49,8 @@ class World:
         self.num_ranks = len(self.devices)
         self.mesh = Mesh(self.devices, (AXIS,))
         self.local_ranks = [r for r, d in enumerate(self.devices) if d.process_index == jax.process_index()]
+        # Of groups that are to fail. On CPU sockets tell that a process has ended, and nobody waits for so long.
+        self.deadline_s = 1.0 if self.backend == "cuda" else 30.0
         self._barriers = 0
 
     def group(self, **settings: Any) -> wep.ExpertGroup:
