@@ -111,7 +111,9 @@ void PeerGroups::Wait(int64_t id) {
 
 Status PeerGroups::Mask(int64_t id, uint32_t masked) {
   for (const auto& [device, rank] : RanksOf(id)) {
-    Status status = rank->memory->Reset(masked);
+    const DeviceScope scope(device);
+    Status status = scope.status();
+    if (status.ok()) status = rank->memory->Reset(masked);
     if (status.ok() && rank->across.two_hop != nullptr) {
       status = rank->across.two_hop->Reset(masked);
     }
@@ -124,8 +126,11 @@ Status PeerGroups::Crossed(int64_t id, CrossedNodes& crossed) {
   crossed = {};
   for (const auto& [device, rank] : RanksOf(id)) {
     if (rank->across.two_hop == nullptr) continue;
+    const DeviceScope scope(device);
     CrossedNodes of_rank;
-    if (Status status = rank->across.two_hop->Crossed(of_rank); !status.ok()) return status;
+    Status status = scope.status();
+    if (status.ok()) status = rank->across.two_hop->Crossed(of_rank);
+    if (!status.ok()) return status;
     crossed.tokens_out += of_rank.tokens_out;
     crossed.bytes_out += of_rank.bytes_out;
     crossed.tokens_back += of_rank.tokens_back;
