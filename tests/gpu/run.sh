@@ -9,6 +9,8 @@
 #   suite     exchange_suite.py at each of $RANKS processes that share the GPU (default: 1 2 3 4 8), under MPS
 #   killed    failures without command buffers: the next call raises too; a process dies, the others say which; and
 #             then leave its rank out and go on
+#   failures  tests/processes/failures.py: processes that die in every place or stop, and nothing is left of them; with
+#             $FAILURES, its arguments
 #   layers    moe_suite.py, placement_suite.py and families_suite.py at each of $RANKS processes
 #   train     train_suite.py at 8 processes, against eight CPU devices
 #   kernels   benchmarks/exchange.cu with $KERNELS (default: --sweep), virtual ranks in one process
@@ -54,6 +56,10 @@ for name in ${@:-cpp suite killed}; do
         4 tests/gpu/exchange_suite.py bad_index delayed killed
       step 60 killed python3 tests/gpu/launch.py --timeout 50 --xla-flag=--xla_gpu_enable_command_buffer= \
         4 tests/gpu/exchange_suite.py killed_then_masked ;;
+    failures)
+      start_mps
+      step 170 failures env WIDEEP_PLATFORM=cuda "PYTHONPATH=$PWD:$PWD/tests:${PYTHONPATH:-}" \
+        python3 tests/processes/failures.py ${FAILURES:-} ;;
     layers)
       start_mps
       for ranks in $RANKS; do

@@ -2,8 +2,9 @@
 
     failing.py WHERE VICTIM SIGNAL DEADLINE_S
 
-WHERE is dispatch, combine, between (two steps), set-up, or none. Each of the others prints "raised after SECONDS:
-MESSAGE", and then what it still shares. On GPUs a kernel cannot raise; there the next op does, or `check()`.
+WHERE is dispatch, combine, between (two steps), waiting (in a step, for process 0), set-up, or none. Each of the
+others prints "raised after SECONDS: MESSAGE", and then what it still shares. On GPUs a kernel cannot raise; there the
+next op does, or `check()`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import io_callback
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from leaving import leave
 
 import jax_wideep as wep
@@ -30,6 +32,8 @@ GOOD_STEPS = 3
 PLATFORM = os.environ.get("WIDEEP_PLATFORM", "cpu")
 # Jobs side by side share a GPU, and the blocks of all of them must run at once.
 GPU_SETTINGS = {"num_sms": 4}
+# The victim waits, is struck, and only then process 0 comes.
+STRIKE_S, LATE_S = 0.5, 1.5
 # An exchange of another rank of this process may hold the memory until its own deadline.
 LONGEST_HOLD_S = 60.0
 
@@ -51,7 +55,7 @@ def main() -> None:
     if where == "set-up":
         strike_in_set_up(strike)
     ranks = jax.device_count()
-    mesh = jax.make_mesh((ranks,), (measure.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = Mesh(np.array(jax.devices()), (measure.AXIS,))
     settings = {"num_experts": TOP_K * ranks, "top_k": TOP_K, "hidden": HIDDEN, "deadline_s": deadline_s}
     began = time.monotonic()
     try:
@@ -63,6 +67,9 @@ def main() -> None:
                 step(False)
             if where == "between":
                 strike()
+            if where == "waiting":
+                threading.Timer(STRIKE_S, strike).start()
+                time.sleep(LATE_S if jax.process_index() == 0 else 0)
             began = time.monotonic()
             step(True)
             group.check()
