@@ -199,10 +199,8 @@ CHECKS = {
 
 def main() -> None:
     world = World()
-    for name in sys.argv[1:] or CHECKS:
-        CHECKS[name](world)
-        world.barrier()
-        world.say(f"ok {name}, {world.num_ranks} ranks, {node_size(world)} a node")
+    world.say(f"{world.num_ranks} ranks, {node_size(world)} a node")
+    world.run(CHECKS, sys.argv[1:] or CHECKS)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ FOLDER = pathlib.Path(__file__).parent
         ("placement", ["replicas"]),
         ("families", ["gpt_oss"]),
         ("exchange", ["values", "one_token", "tail", "fp8", "masked"]),
+        ("nvshmem", ["same_bits", "throughput"]),  # where transports do not differ
     ],
 )
 def test_suite(suite, checks):
