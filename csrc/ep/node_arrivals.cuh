@@ -75,7 +75,7 @@ class NodeArrivals {
   __device__ int Take(int64_t row_bytes, SumList& list, SlotHeader::Entry* entries) {
     const int32_t selections_end = (token_ + 1) * top_k_;
     int count = 0;
-    while (at_ + count < end_ &&
+    while (at_ + count < loaded_ &&
            window_.selections[lane_][(at_ + count) % kPlaces] < selections_end) {
       ++count;
     }

@@ -235,11 +235,10 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   Rank<Net> rank(params.context, params.net, exchange);
   const void* mine[5] = {p.y, p.row_scalars, p.plan.arrival_rows, p.plan.row_source,
                          p.plan.rows_per_source};
-  bool all_mapped;
-  if (!exchange.Begin(mine, block.here, block.flags, all_mapped)) return;
+  if (!rank.Begin(mine, block.here, block.flags)) return;
   FillBlock(rank, block);
   if (!RunCombine<kDType, kWeighted>(rank, p, block)) return;
-  exchange.Finish(block.flags);
+  rank.Finish(block.flags);
 }
 
 }  // namespace wideep::two_hop
@@ -252,6 +251,14 @@ Status LaunchTwoHopSum(const two_hop::Params<CombineParams, Net>& params, const 
   const CombineParams& p = params.op;
   if (Status status = CheckCombineShape(op, p.dtype, p.hidden, p.top_k); !status.ok()) {
     return status;
+  }
+  const int64_t slot_bytes =
+      two_hop::SlotHeaderBytes(p.top_k) + p.hidden * static_cast<int64_t>(SizeOf(p.dtype));
+  if (slot_bytes > params.context.layout.config().slot_bytes) {
+    return Status::InvalidArgument(std::string(op) + ": expected slots of at most " +
+                                   std::to_string(params.context.layout.config().slot_bytes) +
+                                   " bytes, got " + std::to_string(slot_bytes) +
+                                   "; make the group with the hidden and top_k of its calls");
   }
   using two_hop::TwoHopCombineKernel;
   const auto kernel = p.dtype == DType::kBF16  ? TwoHopCombineKernel<DType::kBF16, kWeighted, Net>
