@@ -1,6 +1,6 @@
 """Tables and plot of what tests/gpu/run_multi.sh measured on several GPUs, from the JSON lines of its folder.
 
-    python benchmarks/plot_multi.py FOLDER [--out docs/img/NAME.png]
+    python benchmarks/plot_multi.py FOLDER [--out docs/img/NAME.png] [--merge]
 
 Prints Markdown tables. Bytes on the wire are those that a rank sends on average, rows only, under uniform routing:
 *rows* that go to other ranks, for forms that move every row, or one row for each token and other rank that hosts some
@@ -34,7 +34,7 @@ EXPERTS = 256  # of exchange_gpu.py
 def read(folder: pathlib.Path) -> list[Record]:
     files = sorted(folder.glob("*.jsonl"))
     records = [
-        json.loads(line) | {"file": file.stem}
+        {"file": file.stem} | json.loads(line)
         for file in files
         for line in file.read_text().splitlines()
         if line.strip()
@@ -194,6 +194,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--out", type=pathlib.Path, help="PNG; none draws nothing")
+    parser.add_argument(
+        "--merge", action="store_true", help="leave one file of records, multi.jsonl, in place of the others"
+    )
     arguments = parser.parse_args()
     records = read(arguments.folder)
     for kind, make in (
@@ -208,6 +211,11 @@ def main() -> None:
             print(f"### {kind}\n{make(chosen)}")
     if arguments.out is not None:
         draw(records, arguments.out)
+    if arguments.merge:
+        for file in arguments.folder.glob("*.jsonl"):
+            file.unlink()
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (arguments.folder / "multi.jsonl").write_text(lines)
 
 
 if __name__ == "__main__":

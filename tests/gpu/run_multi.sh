@@ -1,24 +1,30 @@
 #!/bin/bash
 # Checks and measures the library on N GPUs of this host, which reach each other's memory. Builds first, unless
 # $BUILD_DIR has the programs and the module _wideep_cuda for this python3. Logs and records go to $OUT, or to
-# $BUILD_DIR/logs: multi.log, the records (*.jsonl) and the plot, multi.png; the tables are the end of the output.
+# $BUILD_DIR/logs: multi.log, the records, multi.jsonl, and the plot, multi.png; the tables are the end of the output.
 #
 #   tests/gpu/run_multi.sh N [step ..]
 #
 #   suite      the exchange and the low-latency suite, as one process with N GPUs and as N processes with one each
+#   reduce     the exchange suite with combine_form="reduce" and masks, likewise, and ended processes; when all of it
+#              passes, combine_form="auto" may become it (_peer_transport.choose_forms)
 #   killed     failures: an index out of range, a late rank, a process that dies
+#   failures   tests/processes/failures.py on three GPUs, or on two of which one has two ranks under MPS
 #   link       benchmarks/peer_copy.cu: what a plain copy between the GPUs reaches
 #   exchange   benchmarks/exchange_gpu.py: each op, N processes, captured; over SMs and routings
 #   latency    benchmarks/low_latency_gpu.py: 1 to 128 tokens, N processes, captured
 #   baselines  python -m jax_wideep.bench exchange beside XLA's collectives over NCCL, one process; once with XLA's
 #              one-shot kernel for ragged_all_to_all and once without
 #   layer      python -m jax_wideep.bench layer, likewise
-#   train      examples/train_lm.py
+#   train      examples/train_lm.py, as N processes that jax_wideep.launch starts and as one: losses and speed
+#   drop_in    examples/drop_in.py, one process
+#   microbatches  benchmarks/microbatches.py, N processes
 #   decode     python -m jax_wideep.bench decode, N processes
 #   overlap    examples/decode_overlap.py, N processes
 #
-# Default: all of them, in this order. CHECKS, LINK, EXCHANGE, LATENCY, BASELINES, LAYER, TRAIN, DECODE, OVERLAP:
-# arguments of the programs, in place of those below. LIMIT: seconds for one step (default 240).
+# Default: all of them but failures, in this order. CHECKS, LINK, EXCHANGE, LATENCY, BASELINES, LAYER, TRAIN, DROP_IN,
+# MICROBATCHES, DECODE, OVERLAP: arguments of the programs, in place of those below. LIMIT: seconds for one step (default
+# 240).
 set -u -o pipefail
 cd "$(dirname "$0")/../.."
 . tests/gpu/steps.sh
@@ -54,6 +60,21 @@ run() {
         one_process suite $flags 1 tests/gpu/${suite}_suite.py ${CHECKS:-}
         processes suite $flags "$gpus" tests/gpu/${suite}_suite.py ${CHECKS:-}
       done ;;
+    reduce)
+      export WIDEEP_GROUP='{"combine_form": "reduce"}'
+      one_process reduce $captured --xla-flag=--xla_gpu_autotune_level=0 --dump=captured_step 1 \
+        tests/gpu/exchange_suite.py ${CHECKS:-}
+      processes reduce $captured --xla-flag=--xla_gpu_autotune_level=0 --dump=captured_step "$gpus" \
+        tests/gpu/exchange_suite.py ${CHECKS:-}
+      for check in killed killed_then_masked; do
+        processes reduce --xla-flag=--xla_gpu_enable_command_buffer= "$gpus" tests/gpu/exchange_suite.py $check
+      done
+      unset WIDEEP_GROUP ;;
+    failures)
+      [ "$gpus" -ge 3 ] || start_mps
+      step 170 failures env WIDEEP_PLATFORM=cuda "CUDA_VISIBLE_DEVICES=$numbers" \
+        "PYTHONPATH=$PWD:$PWD/tests:${PYTHONPATH:-}" python3 tests/processes/failures.py ${FAILURES:-}
+      stop_mps ;;
     killed)
       processes killed --xla-flag=--xla_gpu_enable_command_buffer= "$gpus" tests/gpu/exchange_suite.py \
         bad_index delayed killed ;;
@@ -72,7 +93,22 @@ run() {
     layer)
       one_process layer 1 jax_wideep.bench layer --json "$LOGS/layer.jsonl" \
         ${LAYER:-$sizes --experts 64 --ffn 2048 --routing uniform --repeats 5} ;;
-    train) one_process train 1 examples/train_lm.py ${TRAIN:---help} ;;
+    train)
+      # 67 M parameters. A step of 32,768 tokens, some of which are dropped.
+      options=${TRAIN:---hidden 1024 --layers 4 --heads 8 --ffn 512 --experts 8 --top-k 2 --dtype bfloat16 --batch 64
+        --seq 512 --steps 50 --eval-every 50}
+      runs=$(mktemp -d)
+      step "$LIMIT" train env "PYTHONPATH=$PWD:${PYTHONPATH:-}" python3 -m jax_wideep.launch --processes "$gpus" \
+        --gpu-each examples/train_lm.py $options --run "$runs/processes"
+      one_process train 1 examples/train_lm.py $options --run "$runs/one"
+      step 30 train python3 benchmarks/compare_runs.py "$runs/processes" "$runs/one" --json "$LOGS/train.jsonl"
+      rm -rf "$runs" ;;
+    drop_in)
+      one_process drop_in 1 examples/drop_in.py ${DROP_IN:---dtype bfloat16 --hidden 1024 --ffn 512 --layers 4
+        --experts 32 --top-k 4 --batch 64 --seq 256 --steps 30} ;;
+    microbatches)
+      processes microbatches "$gpus" benchmarks/microbatches.py --json "$LOGS/microbatches.jsonl" \
+        ${MICROBATCHES:---tokens 4096 --decode-tokens 64 --hidden 4096 --ffn 1024 --experts 64 --layers 2} ;;
     decode) processes decode "$gpus" jax_wideep.bench decode --json "$LOGS/decode.jsonl" ${DECODE:-} ;;
     overlap)
       processes overlap --xla-flag=--xla_allow_excess_precision=false "$gpus" examples/decode_overlap.py \
@@ -81,8 +117,8 @@ run() {
   esac
 }
 
-for name in ${@:-suite killed link exchange latency baselines layer train decode overlap}; do run "$name"; done
-step 60 tables python3 benchmarks/plot_multi.py "$LOGS" --out "$LOGS/multi.png"
+for name in ${@:-suite reduce killed link exchange latency baselines layer train drop_in microbatches decode overlap}; do run "$name"; done
+step 60 tables python3 benchmarks/plot_multi.py "$LOGS" --out "$LOGS/multi.png" --merge
 # Few files: all logs in one.
 (cd "$LOGS" && for log in *.log; do [ "$log" = multi.log ] || { echo "==== $log"; cat "$log"; rm "$log"; }; done >>multi.log)
 exit $failed
