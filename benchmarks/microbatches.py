@@ -120,17 +120,19 @@ def main(options: Options) -> None:
     for (kind, number), reason in failed.items():
         print(f"{kind}, {number}: {reason}")
     print("| | one, ms | two, ms | one / two | CPU ms of one and of two |\n|---|---|---|---|---|")
-    records = []
+    records, gains = [], []
     for kind in ("forward", "forward + backward", "decode"):
         one, two = (measured[kind, number].record() for number in (1, 2))
         print(
             f"| {kind} | {one['median_ms']:.2f} | {two['median_ms']:.2f} | {one['median_ms'] / two['median_ms']:.2f} | "
             f"{one['cpu_ms']:.1f}, {two['cpu_ms']:.1f} |"
         )
+        gains.append(f"{kind} {one['median_ms']:.2f} / {two['median_ms']:.2f} ms")
         for number, times in ((1, one), (2, two)):
             sizes = {key: value for key, value in dataclasses.asdict(options).items() if key != "processes"}
             record = {"benchmark": "microbatches", "kind": kind, "microbatches": number, "ranks": mesh.size}
             records.append(record | {"device": mesh.devices.flat[0].device_kind} | sizes | times)
+    print(f"{mesh.size} ranks, one / two: {', '.join(gains)}")
     if options.json:
         pathlib.Path(options.json).write_text("".join(json.dumps(record) + "\n" for record in records))
 

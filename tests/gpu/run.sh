@@ -13,10 +13,16 @@
 #             $FAILURES, its arguments
 #   layers    moe_suite.py, placement_suite.py and families_suite.py at each of $RANKS processes
 #   train     train_suite.py at 8 processes, against eight CPU devices
+#   families  families_suite.py with $FAMILIES (default: gpt_oss llama4) at 4 processes
+#   microbatches  benchmarks/microbatches.py with $MICROBATCHES, at 4 processes: training and decode, one and two under way
+#   drop_in   examples/drop_in.py with $DROP_IN, one process: step times with ragged_dot experts and with the layer
+#   memory    benchmarks/layer_memory.py with $MEMORY, at 4 processes, a job for each of $VARIANTS: memory and time of rows
+#             for the worst case, of dropping and of spilling
 #   kernels   benchmarks/exchange.cu with $KERNELS (default: --sweep), virtual ranks in one process
 #   bench     benchmarks/exchange_gpu.py with $BENCH, at 8 processes
 #
-# Default: cpp suite killed, at most 8 minutes.
+# Default: cpp suite killed, at most 8 minutes. families to memory take at most 10 minutes together; what they found is in
+# summary.log, and at the end of the output.
 set -u -o pipefail
 cd "$(dirname "$0")/../.."
 . tests/gpu/steps.sh
@@ -75,6 +81,30 @@ for name in ${@:-cpp suite killed}; do
       start_mps
       step 110 train python3 tests/gpu/launch.py --timeout 100 8 tests/gpu/train_suite.py \
         --reference "$BUILD_DIR/training.npz" ;;
+    families)
+      start_mps
+      step 120 families python3 tests/gpu/launch.py --timeout 110 --xla-flag=--xla_gpu_autotune_level=0 \
+        --xla-flag=--xla_gpu_enable_triton_gemm=false 4 tests/gpu/families_suite.py ${FAMILIES:-gpt_oss llama4}
+      note families ': ok|failed' ;;
+    microbatches)
+      start_mps
+      step 150 microbatches python3 tests/gpu/launch.py --timeout 140 4 benchmarks/microbatches.py \
+        --json "$LOGS/microbatches.jsonl" \
+        ${MICROBATCHES:---tokens 1024 --decode-tokens 32 --hidden 2048 --ffn 1024 --experts 64 --layers 2}
+      note microbatches 'ranks, one / two|failed' ;;
+    drop_in)
+      step 150 drop_in env "PYTHONPATH=$PWD:${PYTHONPATH:-}" python3 examples/drop_in.py ${DROP_IN:---dtype bfloat16
+        --hidden 1024 --ffn 512 --layers 4 --experts 32 --top-k 4 --batch 32 --seq 256 --steps 30}
+      note drop_in 'ms a step|losses differ' ;;
+    memory)
+      start_mps
+      IFS=, read -ra variants <<<"${VARIANTS:-worst case,drop 1.5,spill 1.5,spill 2}"
+      for variant in "${variants[@]}"; do
+        step 60 memory python3 tests/gpu/launch.py --timeout 55 4 benchmarks/layer_memory.py --only "$variant" \
+          --json "$LOGS/memory_${variant// /_}.jsonl" \
+          ${MEMORY:---tokens 2048 --hidden 2048 --ffn 1024 --experts 64 --dtype bfloat16}
+      done
+      note memory '^\| (\| temporaries|[a-z]+ [0-9c])|failed' ;;
     kernels) step 300 kernels "$BUILD_DIR/exchange_benchmark" "--json=$LOGS/exchange.jsonl" ${KERNELS:---sweep} ;;
     bench)
       start_mps
@@ -83,4 +113,5 @@ for name in ${@:-cpp suite killed}; do
     *) echo "unknown step $name"; exit 2 ;;
   esac
 done
+if [ -s "$LOGS/summary.log" ]; then echo "== summary"; cat "$LOGS/summary.log"; fi
 exit $failed

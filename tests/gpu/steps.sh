@@ -15,6 +15,11 @@ step() {  # seconds name command..; the output goes to $LOGS/name.log too
   return "$rc"
 }
 
+# Lines of a step's log that sum it up; the script that sources this prints all of them at its end.
+note() {  # name pattern
+  tail -n 100 "$LOGS/$1.log" | grep -E "$2" | sed "s/^/$1: /" | tee -a "$LOGS/summary.log"
+}
+
 # Several processes share a GPU with their kernels running at once only under MPS.
 start_mps() {
   [ -n "${mps:-}" ] && return
