@@ -109,10 +109,12 @@ bool RunTwoHopDispatch(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& node
       if (!status.ok()) check::Fail(__FILE__, __LINE__, status.message());
     }
   };
+  nodes.BeginOps();
   each_rank(
       [&](int r) { return LaunchTwoHopDispatch(nodes.Params(r, dispatch[r]), ranks.stream(r)); });
   each_rank(
       [&](int r) { return LaunchTwoHopCombineGrad(nodes.Params(r, grad[r]), ranks.stream(r)); });
+  nodes.EndOps();
   if (!ranks.machine().Synchronize()) {
     check::Fail(__FILE__, __LINE__, "the machine failed");
     return false;

@@ -1,5 +1,5 @@
 // Virtual ranks on virtual nodes: what the kernels of the exchange between nodes need beside
-// virtual_ranks.h, and a network that copies.
+// virtual_ranks.h, and a network that copies, at once or, in the emulator, late.
 #pragma once
 
 #include <cstdint>
@@ -8,31 +8,45 @@
 #include "csrc/core/ptx.h"
 #include "csrc/ep/two_hop_rank.cuh"
 #include "tests/cpp/check.h"
+#include "tests/kernels/late_network.h"
 #include "tests/kernels/virtual_ranks.h"
 
 namespace wideep {
 namespace testing {
 
-/// Puts are stores of the calling lanes, each word a release by lane 0.
+/// Puts are stores of the calling lanes, each word a release by lane 0; or, with an outbox,
+/// messages.
 struct RingNet {
   char* memory[kMaxRanks];
   char* arenas[kMaxRanks];
+  Outbox* outbox;  // of the rank that sends
 
   __device__ void PutWarp(int rank, int64_t to, const char* from, int64_t num_bytes, int64_t signal,
                           uint64_t v) const {
+    if (outbox != nullptr) {
+      if (threadIdx.x % 32 == 0) {
+        outbox->Post({0, from, memory[rank] + to, num_bytes, Word(rank, signal), v});
+      }
+      __syncwarp();
+      return;
+    }
     for (int64_t at = threadIdx.x % 32 * 16; at < num_bytes; at += 32 * 16) {
       ptx::st_global_v4(memory[rank] + to + at, ptx::ld_global_no_allocate_v4(from + at));
     }
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
-      ptx::st_release_sys_u64(reinterpret_cast<uint64_t*>(memory[rank] + signal), v);
+      ptx::st_release_sys_u64(Word(rank, signal), v);
     }
   }
   __device__ void Add(int rank, int64_t word, uint64_t v) const {
-    ptx::red_add_relaxed_sys_u64(reinterpret_cast<uint64_t*>(memory[rank] + word), v);
+    if (outbox != nullptr) return outbox->Post({1, nullptr, nullptr, 0, Word(rank, word), v});
+    ptx::red_add_relaxed_sys_u64(Word(rank, word), v);
   }
   __device__ void PutControl(int rank, int64_t offset, uint32_t v) const {
     ptx::st_relaxed_sys_u32(reinterpret_cast<uint32_t*>(arenas[rank] + offset), v);
+  }
+  __device__ uint64_t* Word(int rank, int64_t offset) const {
+    return reinterpret_cast<uint64_t*>(memory[rank] + offset);
   }
 };
 
@@ -78,11 +92,35 @@ class VirtualNodes {
   const RingNet& net() const { return net_; }
   int64_t memory_bytes() const { return memory_bytes_; }
 
+  /// From now on messages are late. The machine has a NetworkStream for each rank.
+  void DeliverLate() {
+    for (int rank = 0; rank < ranks_.num_ranks(); ++rank) {
+      outboxes_.push_back(static_cast<Outbox*>(ranks_.machine().Allocate(rank, sizeof(Outbox))));
+    }
+  }
+  /// Around the ops of all ranks that are launched until the machine is synchronized.
+  void BeginOps() {
+    for (size_t rank = 0; rank < outboxes_.size(); ++rank) {
+      ranks_.machine().Fill(outboxes_[rank], 0, sizeof(Outbox));
+      CHECK(Launch(NetworkKernel, 1, 32, 0, ranks_.machine().NetworkStream(static_cast<int>(rank)),
+                   NetworkParams{outboxes_[rank]}, "network")
+                .ok());
+    }
+  }
+  void EndOps() {
+    for (size_t rank = 0; rank < outboxes_.size(); ++rank) {
+      CHECK(Launch(CloseNetworkKernel, 1, 32, 0, ranks_.stream(static_cast<int>(rank)),
+                   NetworkParams{outboxes_[rank]}, "end of the network")
+                .ok());
+    }
+  }
+
   /// What LaunchTwoHop.. take, from an op's params.
   template <typename Op>
   two_hop::Params<Op, RingNet> Params(int rank, const Op& op) const {
     two_hop::Params<Op, RingNet> params{op, contexts_[rank], net_};
     params.op.peers.node_ranks = contexts_[rank].node_ranks;
+    if (!outboxes_.empty()) params.net.outbox = outboxes_[rank];
     return params;
   }
   two_hop::RankState State(int rank) {
@@ -109,6 +147,7 @@ class VirtualNodes {
   RingNet net_{};
   int64_t memory_bytes_ = 0;
   std::vector<two_hop::Context> contexts_;
+  std::vector<Outbox*> outboxes_;  // none: messages are not late
 };
 
 }  // namespace testing

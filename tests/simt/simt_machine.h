@@ -29,7 +29,7 @@ inline void DelayKernel(const DelayParams p) {
 
 class SimtMachine {
  public:
-  SimtMachine(int num_ranks, uint64_t seed) : device_(num_ranks, OptionsOf(num_ranks, seed)) {}
+  SimtMachine(int num_ranks, uint64_t seed) : SimtMachine(num_ranks, num_ranks, seed) {}
 
   void* Allocate(int rank, uint64_t num_bytes) {
     return device_.Allocate(rank, static_cast<int64_t>(num_bytes),
@@ -56,6 +56,10 @@ class SimtMachine {
   }
   simt::Device& device() { return device_; }
 
+ protected:
+  SimtMachine(int num_streams, int num_ranks, uint64_t seed)
+      : device_(num_streams, OptionsOf(num_ranks, seed)) {}
+
  private:
   /// Every other seed has a slow rank.
   static simt::Options OptionsOf(int num_ranks, uint64_t seed) {
@@ -67,6 +71,17 @@ class SimtMachine {
 
   simt::Device device_;
   int num_allocations_ = 0;
+};
+
+/// With a second stream for each rank, for the network (tests/kernels/late_network.h).
+class NetworkedMachine : public SimtMachine {
+ public:
+  NetworkedMachine(int num_ranks, uint64_t seed)
+      : SimtMachine(2 * num_ranks, num_ranks, seed), num_ranks_(num_ranks) {}
+  cudaStream_t NetworkStream(int rank) { return Stream(num_ranks_ + rank); }
+
+ private:
+  const int num_ranks_;
 };
 
 }  // namespace testing

@@ -7,8 +7,8 @@ namespace testing {
 namespace {
 
 using check::Context;
-using Ranks = VirtualRanks<SimtMachine>;
-using Nodes = VirtualNodes<SimtMachine>;
+using Ranks = VirtualRanks<NetworkedMachine>;
+using Nodes = VirtualNodes<NetworkedMachine>;
 
 GroupSettings Small(int num_ranks, int num_sms = 1) {
   GroupSettings group;
@@ -49,6 +49,22 @@ TEST(NodesOfManySizes) {
   }
 }
 
+/// Messages arrive late and in any order, also while the next op runs.
+TEST(LateNetwork) {
+  for (uint64_t seed = 1; seed <= 3; ++seed) {
+    const std::vector<int>& sizes = kNodes[seed - 1];
+    Random random(seed);
+    Ranks ranks(Small(NumRanks(sizes)), seed);
+    Nodes nodes(ranks, sizes);
+    nodes.DeliverLate();
+    ExchangeCase c;
+    for (const int64_t num_tokens : {60, 13, 40}) {
+      c.num_tokens = num_tokens;
+      if (!RunTwoHopDispatch(ranks, nodes, c, random)) return;
+    }
+  }
+}
+
 /// One hot expert, capacities that drop, ranks without tokens, rows in several pieces.
 TEST(RandomShapes) {
   for (uint64_t seed = 1; seed <= 8; ++seed) {
@@ -60,6 +76,7 @@ TEST(RandomShapes) {
     group.max_row_bytes = 16 * Uniform(random, 8, 64);
     Ranks ranks(group, seed);
     Nodes nodes(ranks, sizes);
+    if (seed % 4 < 2) nodes.DeliverLate();
     for (int repeat = 0; repeat < 3; ++repeat) {
       ExchangeCase c;
       c.dtype = kFloatDTypes[Uniform(random, 0, 2)];
