@@ -276,8 +276,8 @@ def crossover_tokens(e: Exchange, machine: Machine, most: int = 1 << 16) -> int 
 # ---- memory of a rank ----
 
 
-def aligned(num_bytes: int) -> int:
-    return -(-num_bytes // 128) * 128
+def aligned(num_bytes: int, to: int = 128) -> int:
+    return -(-num_bytes // to) * to
 
 
 def two_hop_arena_bytes(e: Exchange, *, channels: int = 8, across_slots: int = 8, node_slots: int = 0) -> int:
@@ -293,7 +293,7 @@ def two_hop_arena_bytes(e: Exchange, *, channels: int = 8, across_slots: int = 8
         total += 2 * (
             copies * aligned(rings * slots * slot) + aligned(rings * slots * 8) + 3 * aligned(rings * 8)
         )
-    return total + aligned(2 * e.ranks * e.num_experts * 4) + aligned(2 * e.ranks * 8)
+    return total + aligned(2 * e.ranks * aligned(e.num_experts * 4, 16)) + aligned(2 * e.ranks * 8)
 
 
 def low_latency_bytes(e: Exchange, *, chunk: int = 128, pieces: int = 8) -> int:

@@ -12,7 +12,6 @@
 // Counts need no flag: each is one word with the epoch beside it (CountWord).
 #pragma once
 
-#include "csrc/core/launch.cuh"
 #include "csrc/ep/plan_block.cuh"
 #include "csrc/ep/ring.cuh"
 
@@ -35,7 +34,7 @@ class PeerCounts {
           CountWord::Pack(exchange_.epoch(), totals[expert]));
     }
   }
-  __device__ bool Await(bool) const { return true; }
+  __device__ bool Await(bool, uint32_t*) const { return true; }
   __device__ uint64_t Look(bool accepted, int src, int expert) const {
     return ptx::ld_relaxed_sys_u64(
         reinterpret_cast<const uint64_t*>(exchange_.arena() + Place(accepted, src, expert)));

@@ -8,6 +8,9 @@
 // a destination, and the rank that made them counts them in its overflow.
 #pragma once
 
+#include <algorithm>
+
+#include "csrc/core/launch.cuh"
 #include "csrc/ep/exchange_protocol.cuh"
 #include "csrc/ep/plan.h"
 
@@ -45,8 +48,9 @@ struct PlanShared {
 /// `Counts` takes the ranks' counts to each other. `accepted`: those of the second exchange.
 ///
 ///   void Send(bool accepted, const int32_t* totals)    all threads of block 0: this rank's
-///   bool Await(bool accepted)                          all threads of a block, before any Look
-///   uint64_t Look(bool accepted, int src, int expert)  a CountWord of any epoch
+///   bool Await(bool accepted, uint32_t* flags)         all threads of a block, before any Look
+///   uint64_t Look(bool accepted, int src, int expert)  a CountWord of any epoch; of this rank and
+///                                                      of masked ones anything
 ///   bool Wait(bool accepted, int src, int expert, uint64_t& word)   until the word is of this plan
 /// Await and Wait return false if a rank gave up.
 template <typename Counts>
@@ -63,9 +67,8 @@ class PlanBlock {
         warp_(threadIdx.x / 32),
         num_selections_(p.num_tokens * p.top_k) {
     const int64_t warps = int64_t{gridDim.x} * kWarpsPerBlock;
-    const int64_t steps = (num_selections_ + 32 * warps - 1) / (32 * warps);
-    begin_ = (int64_t{blockIdx.x} * kWarpsPerBlock + warp_) * steps * 32;
-    steps_ = static_cast<int>(steps);
+    steps_ = static_cast<int>((num_selections_ + 32 * warps - 1) / (32 * warps));
+    begin_ = (int64_t{blockIdx.x} * kWarpsPerBlock + warp_) * steps_ * 32;
     warp_counts_ = shared.warp_counts() + warp_ * bins_;
   }
 
@@ -145,6 +148,18 @@ class PlanBlock {
       }
       *p_.overflow = wanted - num_rows + masked;
     }
+  }
+
+  /// Where a block's selections begin; for gridDim.x, where all end.
+  __device__ int64_t FirstSelection(int block) const {
+    return min(num_selections_, int64_t{block} * kWarpsPerBlock * steps_ * 32);
+  }
+  /// This rank's selections for `dst` before that block's, dropped ones included. After
+  /// PlaceBlocks.
+  __device__ int32_t CountBefore(int block, int dst) const {
+    int32_t before = 0;
+    for (int b = 0; b < block; ++b) before += BlockCounts(0, b)[p_.num_experts + dst];
+    return before;
   }
 
  private:
@@ -262,12 +277,12 @@ class PlanBlock {
     const int rank = exchange_.rank();
     int32_t* const size = shared_.size(bins_, p_.num_experts);
     int32_t* const base = shared_.base(bins_);
+    if (!counts_.Await(accepted, shared_.flags)) return false;
     for (int i = threadIdx.x; i < kMaxRanks * kMaxRanks && !accepted; i += blockDim.x) {
       shared_.rank_rows[i] = 0;
     }
     if (threadIdx.x == 0) shared_.flags[0] = 1;
     __syncthreads();
-    if (!counts_.Await(accepted)) shared_.flags[0] = 0;
     const int steps = (p_.num_experts + blockDim.x - 1) / blockDim.x;
     for (int step = 0; step < steps; ++step) {
       const int expert = step * blockDim.x + threadIdx.x;
@@ -409,6 +424,23 @@ __device__ inline void WriteEmptyPlan(const PlanParams& p, int num_ranks) {
   for (int64_t s = threadIdx.x; s < num_selections; s += 32) dropped += p.topk_idx[s] >= 0;
   dropped = __reduce_add_sync(~0u, dropped);
   if (threadIdx.x == 0) *p.overflow = dropped;
+}
+
+/// Launches a plan kernel.
+template <typename Params>
+Status LaunchPlanKernel(void (*kernel)(Params), const Params& params, const PlanParams& p,
+                        cudaStream_t stream) {
+  if (p.num_experts > kMaxPlanExperts) {
+    return Status::InvalidArgument("make_plan: num_experts: expected at most " +
+                                   std::to_string(kMaxPlanExperts) + " on CUDA, got " +
+                                   std::to_string(p.num_experts) + "; use backend='xla'");
+  }
+  // A block for every 2048 selections; at least two, since rings need both ends.
+  const int64_t wanted = std::max<int64_t>(2, p.num_tokens * p.top_k / 2048 + 1);
+  const auto blocks = static_cast<int>(std::min<int64_t>(wanted, p.peers.num_sms));
+  return Launch(kernel, blocks, kPlanThreads,
+                PlanShared::NumBytes(p.num_experts, p.peers.num_ranks), stream, params,
+                "make_plan");
 }
 
 }  // namespace wideep

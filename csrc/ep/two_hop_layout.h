@@ -140,7 +140,7 @@ class Layout {
       set.credits = Take(rings * 8);
       set.sent = Take(rings * 8);
     }
-    counts_ = Take(2 * int64_t{config.nodes.num_ranks} * config.num_experts * 4);
+    counts_ = Take(2 * int64_t{config.nodes.num_ranks} * counts_bytes());
     counts_arrived_ = Take(2 * int64_t{config.nodes.num_ranks} * 8);
   }
 
@@ -179,7 +179,11 @@ class Layout {
   /// e + 1.
   WIDEEP_HOST_DEVICE constexpr int64_t Counts(uint64_t epoch, int rank) const {
     const int64_t block = int64_t(epoch & 1) * config_.nodes.num_ranks + rank;
-    return counts_ + block * config_.num_experts * 4;
+    return counts_ + block * counts_bytes();
+  }
+  /// Of a rank's counts, rounded up: networks move units of 16 bytes.
+  WIDEEP_HOST_DEVICE constexpr int64_t counts_bytes() const {
+    return (int64_t{config_.num_experts} * 4 + 15) / 16 * 16;
   }
   /// u64: the epoch of the counts that the buffer holds.
   WIDEEP_HOST_DEVICE constexpr int64_t CountsArrived(uint64_t epoch, int rank) const {

@@ -137,14 +137,21 @@ class Rank {
     if (threadIdx.x == 0) PassOnAbort();
   }
 
-  /// Whether to end a wait that began at `begin` (globaltimer). All lanes.
-  __device__ bool Stops(uint64_t begin, Phase phase, int peer_number) const {
-    bool stops = false;
+  /// Waits until a word of own registered memory, which counts up, has reached `least`; acquires
+  /// it. False if a rank gave up. All lanes, of which one polls.
+  __device__ bool WaitFor(int64_t word, uint64_t least, Phase phase, int peer_number) const {
+    bool came = true;
     if (threadIdx.x % 32 == 0) {
-      stops = exchange_.Stops(begin, phase, RankOf(peer_number));
-      if (stops) PassOnAbort();
+      const auto* const at = reinterpret_cast<const uint64_t*>(At(word));
+      // By their difference: `least` may lie below zero.
+      came = exchange_.Wait(
+          [&] { return static_cast<int64_t>(ptx::ld_acquire_sys_u64(at) - least) >= 0; }, phase,
+          RankOf(peer_number));
+      if (!came) PassOnAbort();
     }
-    return __shfl_sync(~0u, stops, 0);
+    came = __shfl_sync(~0u, came, 0);
+    __syncwarp();  // lane 0's acquire, for all; a shuffle does not order memory
+    return came;
   }
   /// Tells ranks on other nodes if this rank has given up, or has seen that another one did. One
   /// thread, at the end of every kernel, and wherever a wait was in vain.
@@ -200,20 +207,9 @@ class WarpStage {
       if (ring.num_slots > 0) stage_.out[o].Begin(Word(ring.sent), ring.num_slots, ring.batch);
     }
     __syncwarp();  // lane 0 writes these words at the end
-    uint64_t begin = 0;
-    uint32_t waits = 0;
     for (Progress progress = stage_.Step(self()); progress != Progress::kDone;
          progress = stage_.Step(self())) {
-      if (progress == Progress::kMoved) {
-        waits = 0;
-      } else if (waits++ == 0) {
-        begin = ptx::globaltimer();
-      } else if (waits % 64 == 0) {
-        const bool for_input = stage_.phase == decltype(stage_)::kInputs;
-        const int peer =
-            for_input ? self().Input(stage_.ready).sender : self().Output(stage_.ready).receiver;
-        if (rank_.Stops(begin, for_input ? Phase::kRingTail : Phase::kRingHead, peer)) return false;
-      }
+      if (progress == Progress::kWaits && !Wait()) return false;
     }
     if (lane_ == 0) {
       for (int i = 0; i < kInputs; ++i) {
@@ -292,6 +288,19 @@ class WarpStage {
   __device__ const Derived& self() const { return *static_cast<const Derived*>(this); }
   __device__ uint64_t& Word(int64_t offset) const {
     return *reinterpret_cast<uint64_t*>(rank_.At(offset));
+  }
+  /// Until what the stage waits for is there; the next step acquires it.
+  __device__ bool Wait() {
+    const int i = stage_.ready;
+    if (stage_.phase == decltype(stage_)::kInputs) {
+      const RingPlace ring = self().Input(i);
+      return rank_.WaitFor(ring.arrived + int64_t{stage_.InputSlot(i)} * 8, stage_.in[i].taken + 1,
+                           Phase::kRingTail, ring.sender);
+    }
+    const SenderEnd& end = stage_.out[i];
+    const RingPlace ring = self().Output(i);
+    return rank_.WaitFor(ring.credits, end.sent - end.num_slots + 1, Phase::kRingHead,
+                         ring.receiver);
   }
 
   Stage<kInputs, kOutputs> stage_{};

@@ -478,7 +478,7 @@ TEST(RegionsAreDisjoint) {
   for (const int node_slots : {0, 3}) {
     Config config;
     CHECK(MakeNodes({2, 3, 1}, config.nodes).ok());
-    config.num_experts = 12;
+    config.num_experts = 18;
     config.num_channels = 2;
     config.across_slots = 5;
     config.across_batch = 2;
@@ -515,7 +515,8 @@ TEST(RegionsAreDisjoint) {
     for (int rank = 0; rank < nodes.num_ranks; ++rank) {
       for (int src = 0; src < nodes.num_ranks; ++src) {
         for (const uint64_t epoch : {1u, 2u}) {
-          add(rank, layout.Counts(epoch, src), config.num_experts * 4);
+          add(rank, layout.Counts(epoch, src), layout.counts_bytes());
+          CHECK_EQ(layout.Counts(epoch, src) % 16, 0);
           add(rank, layout.CountsArrived(epoch, src), 8);
         }
       }
