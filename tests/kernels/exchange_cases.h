@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include "csrc/ep/combine_host.h"
 #include "csrc/ep/dispatch.h"
 #include "csrc/ep/dispatch_host.h"
+#include "csrc/ep/two_hop.h"
 #include "tests/cpp/check.h"
 #include "tests/cpp/number_formats.h"
 #include "tests/kernels/plan_arrays.h"
@@ -32,6 +34,8 @@ struct ExchangeCase {
   uint32_t masked = 0;             // bit r: rank r is masked
   bool masked_after_plan = false;  // the plan is older than the mask
   bool masked_run = true;          // masked ranks launch the ops too
+  /// [rank] a group over nodes, whose forms do not count; null: one node.
+  const std::vector<std::shared_ptr<TwoHop>>* over_nodes = nullptr;
 
   bool IsMasked(int rank) const { return (masked >> rank & 1) != 0; }
   bool Runs(int rank) const { return masked_run || !IsMasked(rank); }
@@ -53,7 +57,8 @@ inline std::string Describe(const GroupSettings& group, const ExchangeCase& c) {
          (c.num_chunks == 0 ? "" : " in " + std::to_string(c.num_chunks)) +
          (group.zero_copy ? "" : ", rings") + (c.zero_tail ? "" : ", tail left") +
          (c.masked == 0 ? "" : ", masked " + std::to_string(c.masked)) +
-         (c.masked_after_plan ? " after the plan" : "") + (c.masked_run ? "" : ", not running");
+         (c.masked_after_plan ? " after the plan" : "") + (c.masked_run ? "" : ", not running") +
+         (c.over_nodes == nullptr ? "" : ", over nodes");
 }
 
 /// One rank's arrays on the host, as the host's ops fill them.
@@ -198,6 +203,17 @@ inline void CheckReducedRows(const char* name, int rank, const ExchangeCase& c, 
                   std::to_string(wrong) + " sums are wrong");
 }
 
+template <typename Machine>
+void MaskRanks(VirtualRanks<Machine>& ranks, const ExchangeCase& c, uint32_t masked) {
+  ranks.Mask(masked);
+  if (c.over_nodes == nullptr) return;
+  for (const auto& rank : *c.over_nodes) {
+    if (const Status status = rank->Reset(masked); !status.ok()) {
+      check::Fail(__FILE__, __LINE__, status.message());
+    }
+  }
+}
+
 /// Runs all five ops on all ranks and compares. Returns false if an op gave up.
 template <typename Machine>
 bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random& random) {
@@ -209,7 +225,7 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
   const int64_t row_bytes = Bytes(c.dtype, c.hidden);
   ranks.ReleaseAll();
   const uint32_t plan_mask = c.masked_after_plan ? 0 : c.masked;
-  if (ranks.masked() != plan_mask) ranks.Mask(plan_mask);
+  if (ranks.masked() != plan_mask) MaskRanks(ranks, c, plan_mask);
 
   struct Device {
     PlanParams plan;
@@ -289,16 +305,30 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
   }
   const bool poison = c.masked != 0 && !c.masked_run;
   if (poison && !c.masked_after_plan) ranks.PoisonMaskedArenas();
-  each_rank([&](int r) { return LaunchPlan(device[r].plan, ranks.stream(r)); });
+  const auto* const nodes = c.over_nodes;
+  each_rank([&](int r) {
+    return nodes != nullptr ? (*nodes)[r]->Plan(device[r].plan, ranks.stream(r))
+                            : LaunchPlan(device[r].plan, ranks.stream(r));
+  });
   if (c.masked_after_plan) {
     if (!ranks.machine().Synchronize()) return false;
-    ranks.Mask(c.masked);
+    MaskRanks(ranks, c, c.masked);
     if (poison) ranks.PoisonMaskedArenas();
   }
-  each_rank([&](int r) { return LaunchDispatch(device[r].dispatch, ranks.stream(r)); });
-  each_rank([&](int r) { return LaunchCombine(device[r].combine, ranks.stream(r)); });
-  each_rank([&](int r) { return LaunchCombine(device[r].dispatch_grad, ranks.stream(r)); });
-  each_rank([&](int r) { return LaunchCombineGrad(device[r].combine_grad, ranks.stream(r)); });
+  each_rank([&](int r) {
+    return nodes != nullptr ? (*nodes)[r]->Dispatch(device[r].dispatch, ranks.stream(r))
+                            : LaunchDispatch(device[r].dispatch, ranks.stream(r));
+  });
+  for (CombineParams Device::* sum : {&Device::combine, &Device::dispatch_grad}) {
+    each_rank([&](int r) {
+      return nodes != nullptr ? (*nodes)[r]->Combine(device[r].*sum, ranks.stream(r))
+                              : LaunchCombine(device[r].*sum, ranks.stream(r));
+    });
+  }
+  each_rank([&](int r) {
+    return nodes != nullptr ? (*nodes)[r]->CombineGrad(device[r].combine_grad, ranks.stream(r))
+                            : LaunchCombineGrad(device[r].combine_grad, ranks.stream(r));
+  });
   if (!ranks.machine().Synchronize()) {
     check::Fail(__FILE__, __LINE__, "the machine failed");
     return false;
@@ -312,7 +342,8 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
 
   if (poison) CHECK(ranks.ArenasUntouched());
 
-  const bool through_rings = !group.zero_copy && group.num_ranks > 1;
+  // Sums are rounded on their way.
+  const bool through_rings = (!group.zero_copy && group.num_ranks > 1) || c.over_nodes != nullptr;
   const bool reduces = c.combine_form == CombineForm::kReduce && !through_rings;
   const bool exact_sums = c.combine_form == CombineForm::kPull && !through_rings;
   for (int rank = 0; rank < group.num_ranks; ++rank) {

@@ -89,7 +89,11 @@ class VirtualNodes {
   const two_hop::GroupShape& shape() const { return shape_; }
   const two_hop::Context& context(int rank) const { return contexts_[rank]; }
   const two_hop::Nodes& nodes() const { return contexts_[0].layout.config().nodes; }
-  const RingNet& net() const { return net_; }
+  RingNet NetOf(int rank) const {
+    RingNet net = net_;
+    if (!outboxes_.empty()) net.outbox = outboxes_[rank];
+    return net;
+  }
   int64_t memory_bytes() const { return memory_bytes_; }
 
   /// From now on messages are late. The machine has a NetworkStream for each rank.
@@ -118,9 +122,8 @@ class VirtualNodes {
   /// What LaunchTwoHop.. take, from an op's params.
   template <typename Op>
   two_hop::Params<Op, RingNet> Params(int rank, const Op& op) const {
-    two_hop::Params<Op, RingNet> params{op, contexts_[rank], net_};
+    two_hop::Params<Op, RingNet> params{op, contexts_[rank], NetOf(rank)};
     params.op.peers.node_ranks = contexts_[rank].node_ranks;
-    if (!outboxes_.empty()) params.net.outbox = outboxes_[rank];
     return params;
   }
   two_hop::RankState State(int rank) {
