@@ -204,6 +204,8 @@ CUDA_FFI_HEADERS = [
 
 # NVSHMEM's memory and the relay over it, and their nanobind module.
 NVSHMEM_SOURCES = [
+    "csrc/ep/two_hop_config.cc",
+    "csrc/ep/two_hop_plan.cc",
     "csrc/transport/nvshmem.cu",
     "xla_ffi/nvshmem/module.cc",
 ]
@@ -259,4 +261,5 @@ SIMT_TESTS = [
     "tests/simt/two_hop_combine_simt_test.cc",
     "tests/simt/two_hop_dispatch_simt_test.cc",
     "tests/simt/two_hop_plan_simt_test.cc",
+    "tests/simt/two_hop_simt_test.cc",
 ]
