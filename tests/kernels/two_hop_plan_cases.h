@@ -39,52 +39,44 @@ class NodesPlans {
     if (!status.ok()) check::Fail(__FILE__, __LINE__, status.message());
   }
 
-  /// One plan on all ranks. False if it failed.
-  bool Run(const NodesPlanCase& c) {
-    const check::Context context(Describe(c));
-    const GroupSettings& group = ranks_.settings();
-    if (c.masked != ranks_.masked()) {
-      ranks_.Mask(c.masked);
-      nodes_.Reset(c.masked);
+  /// Plans on all ranks, one after the other, and nobody waits in between. All have the mask of the
+  /// first. False if one failed.
+  bool Run(const std::vector<NodesPlanCase>& cases) {
+    const uint32_t masked = cases[0].masked;
+    if (masked != ranks_.masked()) {
+      ranks_.Mask(masked);
+      nodes_.Reset(masked);
     }
     ranks_.ReleaseAll();
-    const int64_t selections = c.num_tokens * group.top_k;
-    const int64_t capacity = c.capacity > 0 ? c.capacity : group.num_ranks * selections;
-    std::vector<HostPlan> host(group.num_ranks);
-    std::vector<PlanBuffers> buffers;
-    std::vector<PlanParams> device;
-    for (int rank = 0; rank < group.num_ranks; ++rank) {
-      host[rank].Draw(random_, group, c.routing, c.num_tokens, capacity);
-      if (c.none >> rank & 1) {
-        std::fill(host[rank].topk_idx.begin(), host[rank].topk_idx.end(), -1);
+    std::vector<OnePlan> plans;
+    for (const NodesPlanCase& c : cases) plans.push_back(Draw(c));
+    nodes_.BeginOps();
+    for (const OnePlan& plan : plans) {
+      for (int rank = 0; rank < ranks_.num_ranks(); ++rank) {
+        if (!Runs(plan.c, rank)) continue;
+        if (plan.c.delay_us > 0) {
+          ranks_.machine().Delay(rank, static_cast<int>(Uniform(random_, 0, plan.c.delay_us)));
+        }
+        Launch(rank, plan.device[rank]);
       }
-      buffers.push_back(host[rank].Buffers());
-      buffers.back().masked = c.IsMasked(rank);
-      device.push_back(TakePlan(ranks_, rank, host[rank].topk_idx, capacity));
     }
-    const PlanShape shape{group.num_ranks,   c.num_tokens, group.top_k,
-                          group.num_experts, capacity,     /*overflow_is_error=*/false};
-    CHECK(MakePlan(shape, buffers).ok());
-    for (int rank = 0; rank < group.num_ranks; ++rank) {
-      if (c.IsMasked(rank)) MakeEmptyPlan(shape, buffers[rank]);
-      if (!Runs(c, rank)) continue;
-      if (c.delay_us > 0) {
-        ranks_.machine().Delay(rank, static_cast<int>(Uniform(random_, 0, c.delay_us)));
-      }
-      Launch(rank, device[rank]);
-    }
+    nodes_.EndOps();
     if (!ranks_.machine().Synchronize()) {
       check::Fail(__FILE__, __LINE__, "the machine failed");
       return false;
     }
-    for (int rank = 0; rank < group.num_ranks; ++rank) {
-      if (!Runs(c, rank)) continue;
-      if (ranks_.record(rank).failure != 0) {
-        check::Fail(__FILE__, __LINE__,
-                    Describe(ranks_.record(rank), group.deadline_s, group.top_k));
-        return false;
+    for (const OnePlan& plan : plans) {
+      const check::Context context(Describe(plan.c));
+      for (int rank = 0; rank < ranks_.num_ranks(); ++rank) {
+        if (!Runs(plan.c, rank)) continue;
+        if (ranks_.record(rank).failure != 0) {
+          const GroupSettings& group = ranks_.settings();
+          check::Fail(__FILE__, __LINE__,
+                      Describe(ranks_.record(rank), group.deadline_s, group.top_k));
+          return false;
+        }
+        CheckPlan(ranks_, rank, plan.device[rank], plan.host[rank]);
       }
-      CheckPlan(ranks_, rank, device[rank], host[rank]);
     }
     return true;
   }
@@ -95,9 +87,38 @@ class NodesPlans {
   }
 
   VirtualRanks<Machine>& ranks() { return ranks_; }
+  VirtualNodes<Machine>& nodes() { return nodes_; }
   Random& random() { return random_; }
 
  private:
+  struct OnePlan {
+    NodesPlanCase c;
+    std::vector<HostPlan> host;
+    std::vector<PlanParams> device;
+  };
+
+  OnePlan Draw(const NodesPlanCase& c) {
+    const GroupSettings& group = ranks_.settings();
+    const int64_t selections = c.num_tokens * group.top_k;
+    const int64_t capacity = c.capacity > 0 ? c.capacity : group.num_ranks * selections;
+    OnePlan plan{c, std::vector<HostPlan>(group.num_ranks), {}};
+    std::vector<PlanBuffers> buffers;
+    for (int rank = 0; rank < group.num_ranks; ++rank) {
+      HostPlan& host = plan.host[rank];
+      host.Draw(random_, group, c.routing, c.num_tokens, capacity);
+      if (c.none >> rank & 1) std::fill(host.topk_idx.begin(), host.topk_idx.end(), -1);
+      buffers.push_back(host.Buffers());
+      buffers.back().masked = c.IsMasked(rank);
+      plan.device.push_back(TakePlan(ranks_, rank, host.topk_idx, capacity));
+    }
+    const PlanShape shape{group.num_ranks,   c.num_tokens, group.top_k,
+                          group.num_experts, capacity,     /*overflow_is_error=*/false};
+    CHECK(MakePlan(shape, buffers).ok());
+    for (int rank = 0; rank < group.num_ranks; ++rank) {
+      if (c.IsMasked(rank)) MakeEmptyPlan(shape, buffers[rank]);
+    }
+    return plan;
+  }
   static bool Runs(const NodesPlanCase& c, int rank) { return c.masked_run || !c.IsMasked(rank); }
 
   Random random_;
@@ -107,20 +128,22 @@ class NodesPlans {
 
 /// Several plans over one group: rings and counts go on from where they were.
 template <typename Machine>
-void RunNodesPlans(const GroupSettings& group, const std::vector<int>& node_sizes, uint64_t seed,
-                   int count, int64_t max_tokens, int delay_us) {
-  const check::Context context(Labelled("seed", static_cast<int64_t>(seed)));
-  NodesPlans<Machine> plans(group, node_sizes, seed);
+void RunNodesPlans(NodesPlans<Machine>& plans, int64_t max_tokens, int delay_us) {
+  const GroupSettings& group = plans.ranks().settings();
   Random& random = plans.random();
-  for (int i = 0; i < count; ++i) {
-    NodesPlanCase c;
-    c.num_tokens = i == 1 ? 0 : Uniform(random, 1, max_tokens);
-    c.routing = kAllRoutings[Uniform(random, 0, 5)];
-    c.delay_us = delay_us;
-    const int64_t selections = group.num_ranks * c.num_tokens * group.top_k;
-    if (selections > 0 && i % 2 == 0) c.capacity = Uniform(random, 1, selections) / 2 + 1;
-    if (i % 3 == 2) c.none = 1u << Uniform(random, 0, group.num_ranks - 1);
-    if (!plans.Run(c)) return;
+  for (int run = 0; run < 2; ++run) {
+    std::vector<NodesPlanCase> cases;
+    for (int i = 0; i < 4; ++i) {
+      NodesPlanCase c;
+      c.num_tokens = i == 1 ? 0 : Uniform(random, 1, max_tokens);
+      c.routing = kAllRoutings[Uniform(random, 0, 5)];
+      c.delay_us = delay_us;
+      const int64_t selections = group.num_ranks * c.num_tokens * group.top_k;
+      if (selections > 0 && i % 2 == 0) c.capacity = Uniform(random, 1, selections) / 2 + 1;
+      if (i == 3) c.none = 1u << Uniform(random, 0, group.num_ranks - 1);
+      cases.push_back(c);
+    }
+    if (!plans.Run(cases)) return;
   }
 }
 

@@ -7,7 +7,7 @@ namespace testing {
 namespace {
 
 using check::Context;
-using Plans = NodesPlans<SimtMachine>;
+using Plans = NodesPlans<NetworkedMachine>;
 
 GroupSettings Small(int num_ranks) {
   GroupSettings group;
@@ -19,27 +19,40 @@ GroupSettings Small(int num_ranks) {
   return group;
 }
 
-TEST(TwoNodesOfTwo) {
-  for (uint64_t seed = 1; seed <= 2; ++seed) {
-    RunNodesPlans<SimtMachine>(Small(4), {2, 2}, seed, 6, 40, 0);
-  }
+/// `late`: over a network that delivers late and in any order, also while the next plan runs.
+void RunPlans(const GroupSettings& group, const std::vector<int>& node_sizes, uint64_t seed,
+              bool late, int64_t max_tokens = 40, int delay_us = 0) {
+  const Context context(Labelled("seed", static_cast<int64_t>(seed)));
+  Plans plans(group, node_sizes, seed);
+  if (late) plans.nodes().DeliverLate();
+  RunNodesPlans(plans, max_tokens, delay_us);
 }
 
-TEST(EveryRankANode) { RunNodesPlans<SimtMachine>(Small(3), {1, 1, 1}, 3, 6, 40, 0); }
+TEST(TwoNodesOfTwo) {
+  RunPlans(Small(4), {2, 2}, 1, /*late=*/false);
+  RunPlans(Small(4), {2, 2}, 2, /*late=*/true);
+}
+
+TEST(EveryRankANode) {
+  RunPlans(Small(3), {1, 1, 1}, 3, /*late=*/false);
+  RunPlans(Small(3), {1, 1, 1}, 4, /*late=*/true);
+}
 
 TEST(UnevenNodes) {
-  RunNodesPlans<SimtMachine>(Small(3), {2, 1}, 4, 6, 40, 0);
-  RunNodesPlans<SimtMachine>(Small(4), {1, 3}, 5, 6, 40, 50);
+  RunPlans(Small(3), {2, 1}, 5, /*late=*/true);
+  RunPlans(Small(4), {1, 3}, 6, /*late=*/false, 40, 50);
+  RunPlans(Small(4), {1, 3}, 7, /*late=*/true);
 }
 
-TEST(OneNode) { RunNodesPlans<SimtMachine>(Small(2), {2}, 6, 3, 20, 0); }
+TEST(OneNode) { RunPlans(Small(2), {2}, 8, /*late=*/false); }
 
 /// Slots of fewer entries than a warp has lanes: rings wrap many times.
 TEST(SmallSlots) {
   GroupSettings group = Small(3);
   group.top_k = 6;
   group.max_row_bytes = 16;
-  RunNodesPlans<SimtMachine>(group, {2, 1}, 7, 5, 160, 0);
+  RunPlans(group, {2, 1}, 9, /*late=*/false, 160);
+  RunPlans(group, {1, 2}, 10, /*late=*/true, 100);
 }
 
 /// More than two blocks, and a channel for each.
@@ -52,7 +65,7 @@ TEST(ManyBlocks) {
   c.num_tokens = 1200;
   for (const int64_t capacity : {0, 9000}) {
     c.capacity = capacity;
-    plans.Run(c);
+    plans.Run({c});
   }
 }
 
@@ -64,10 +77,9 @@ TEST(Masked) {
       NodesPlanCase c;
       c.masked = masked;
       c.masked_run = masked_run;
-      for (const int64_t capacity : {0, 14}) {
-        c.capacity = capacity;
-        plans.Run(c);
-      }
+      NodesPlanCase drops = c;
+      drops.capacity = 14;
+      plans.Run({c, drops});
     }
   }
 }
@@ -164,7 +176,7 @@ TEST(KilledRankIsMasked) {
     NodesPlanCase c;
     c.masked = 0b010;
     c.masked_run = false;
-    for (int repeat = 0; repeat < 2; ++repeat) f.plans.Run(c);
+    f.plans.Run({c, c});
   }
   CHECK(num_failed > 0);
 }
