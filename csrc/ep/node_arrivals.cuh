@@ -71,7 +71,7 @@ class NodeArrivals {
 
   /// Fills the list with the token's rows in order of (host, k) and their scalars; `entries`, if
   /// not null, with their k and scalar. Returns how many there are. All lanes, which have to meet
-  /// before they read what others wrote.
+  /// (__syncwarp) afterwards: before they read what others wrote, and before Next.
   __device__ int Take(int64_t row_bytes, SumList& list, SlotHeader::Entry* entries) {
     const int32_t selections_end = (token_ + 1) * top_k_;
     int count = 0;
@@ -106,7 +106,6 @@ class NodeArrivals {
   /// Sees to it that all of a token's rows are in the window.
   __device__ void Load() {
     if (!__any_sync(~0u, loaded_ < end_ && loaded_ - at_ < top_k_)) return;
-    __syncwarp();  // what was in the window is read
     constexpr int kAtOnce = 4;
     for (int first = 0; first < num_hosts_; first += kAtOnce) {
       int32_t rows[kAtOnce];
