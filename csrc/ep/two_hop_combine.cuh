@@ -32,6 +32,10 @@ struct CombineBlock {
 };
 static_assert(sizeof(CombineBlock) <= kMaxSharedBytes);
 
+WIDEEP_HOST_DEVICE inline int64_t SlotBytes(const CombineParams& p) {
+  return SlotHeaderBytes(p.top_k) + p.hidden * static_cast<int64_t>(SizeOf(p.dtype));
+}
+
 /// The sums of one channel of `home`, a number, on this node.
 template <DType kDType, bool kWeighted, typename Net>
 class Reducer : public WarpStage<Reducer<kDType, kWeighted, Net>, Net, 0, 1> {
@@ -40,7 +44,7 @@ class Reducer : public WarpStage<Reducer<kDType, kWeighted, Net>, Net, 0, 1> {
  public:
   __device__ Reducer(Rank<Net>& rank, const CombineParams& p, CombineBlock& block, int home,
                      int channel)
-      : Base(rank, Direction::kBack),
+      : Base(rank, Direction::kBack, SlotBytes(p)),
         ring_(rank.layout().Across(Direction::kBack, home, rank.node(), channel)),
         header_bytes_(SlotHeaderBytes(p.top_k)),
         row_bytes_(static_cast<int>(p.hidden * static_cast<int64_t>(SizeOf(kDType)))),
@@ -87,7 +91,7 @@ class Home : public WarpStage<Home<kDType, kWeighted, kInputs, Net>, Net, kInput
 
  public:
   __device__ Home(Rank<Net>& rank, const CombineParams& p, CombineBlock& block, int channel)
-      : Base(rank, Direction::kBack),
+      : Base(rank, Direction::kBack, SlotBytes(p)),
         p_(p),
         block_(block),
         list_(block.lists[threadIdx.x / 32]),
@@ -252,8 +256,7 @@ Status LaunchTwoHopSum(const two_hop::Params<CombineParams, Net>& params, const 
   if (Status status = CheckCombineShape(op, p.dtype, p.hidden, p.top_k); !status.ok()) {
     return status;
   }
-  const int64_t slot_bytes =
-      two_hop::SlotHeaderBytes(p.top_k) + p.hidden * static_cast<int64_t>(SizeOf(p.dtype));
+  const int64_t slot_bytes = two_hop::SlotBytes(p);
   if (slot_bytes > params.context.layout.config().slot_bytes) {
     return Status::InvalidArgument(std::string(op) + ": expected slots of at most " +
                                    std::to_string(params.context.layout.config().slot_bytes) +

@@ -93,12 +93,16 @@ __device__ void CopyRow(BulkPipe& pipe, const char* row, int64_t row_bytes, Stor
   }
 }
 
+WIDEEP_HOST_DEVICE inline int64_t SlotBytes(const TwoHopTokens& p) {
+  return SlotHeaderBytes(p.top_k) + p.row_bytes;
+}
+
 template <typename Net>
 class DispatchSender : public WarpStage<DispatchSender<Net>, Net, 0, 1> {
  public:
   __device__ DispatchSender(Rank<Net>& rank, const TwoHopTokens& p, int node, int channel,
                             BulkPipe& pipe)
-      : DispatchSender::WarpStage(rank, Direction::kOut),
+      : DispatchSender::WarpStage(rank, Direction::kOut, SlotBytes(p)),
         p_(p),
         pipe_(pipe),
         output_(rank.layout().Across(Direction::kOut, rank.number(), node, channel)),
@@ -161,7 +165,7 @@ class DispatchForwarder : public WarpStage<DispatchForwarder<Net>, Net, 1, 0> {
  public:
   __device__ DispatchForwarder(Rank<Net>& rank, const TwoHopTokens& p, int source, int channel,
                                char* const* here, BulkPipe& pipe)
-      : DispatchForwarder::WarpStage(rank, Direction::kOut),
+      : DispatchForwarder::WarpStage(rank, Direction::kOut, SlotBytes(p)),
         p_(p),
         here_(here),
         pipe_(pipe),
@@ -305,7 +309,7 @@ Status LaunchTwoHopTokens(two_hop::Params<TwoHopTokens, Net> params, cudaStream_
                           const char* op) {
   TwoHopTokens& p = params.op;
   p = WithBuffers(p);
-  const int64_t slot_bytes = two_hop::SlotHeaderBytes(p.top_k) + p.row_bytes;
+  const int64_t slot_bytes = two_hop::SlotBytes(p);
   if (p.row_bytes % 16 != 0 || p.top_k > kMaxKernelTopK ||
       slot_bytes > params.context.layout.config().slot_bytes) {
     return Status::InvalidArgument(

@@ -186,15 +186,21 @@ class Rank {
 ///   void EndReads()                         before slots are freed: copies out of them are
 ///   complete void EndWrites()                        before slots are put: copies into them are
 ///
-/// Slots are num_bytes of Config::slot_bytes apart: a SlotHeader, its entries, from
-/// SlotHeaderBytes(top_k) on the row.
+/// Slots of an op are as far apart as it needs, so that puts of several have no gaps: a SlotHeader,
+/// its entries, from SlotHeaderBytes(top_k) on the row. A sender therefore begins with an empty
+/// ring.
 template <typename Derived, typename Net, int kInputs, int kOutputs>
 class WarpStage {
   static_assert(kOutputs <= 1, "one output");
 
  public:
-  __device__ WarpStage(Rank<Net>& rank, Direction direction)
-      : rank_(rank), direction_(direction), lane_(threadIdx.x % 32) {}
+  /// `slot_bytes`: a multiple of 16, at most Config::slot_bytes (0: that), the same at both ends of
+  /// a ring.
+  __device__ WarpStage(Rank<Net>& rank, Direction direction, int64_t slot_bytes = 0)
+      : rank_(rank),
+        direction_(direction),
+        slot_bytes_(slot_bytes > 0 ? slot_bytes : rank.config().slot_bytes),
+        lane_(threadIdx.x % 32) {}
 
   /// To the end of the op. False: somebody gave up.
   __device__ bool Run() {
@@ -204,7 +210,11 @@ class WarpStage {
     }
     for (int o = 0; o < kOutputs; ++o) {
       const RingPlace ring = self().Output(o);
-      if (ring.num_slots > 0) stage_.out[o].Begin(Word(ring.sent), ring.num_slots, ring.batch);
+      if (ring.num_slots == 0) continue;
+      const uint64_t sent = Word(ring.sent);
+      stage_.out[o].Begin(sent, ring.num_slots, ring.batch);
+      if (!AwaitEmpty(ring, sent)) return false;
+      stage_.out[o].credits = sent;
     }
     __syncwarp();  // lane 0 writes these words at the end
     for (Progress progress = stage_.Step(self()); progress != Progress::kDone;
@@ -246,11 +256,10 @@ class WarpStage {
   __device__ void HandOver(int o, uint64_t first, uint64_t end) {
     self().EndWrites();
     const RingPlace ring = self().Output(o);
-    const int64_t slot_bytes = rank_.config().slot_bytes;
     const auto slot = static_cast<int64_t>(first % ring.num_slots);
     // Slots lie next to each other; the last one goes as far as it is filled.
-    const int64_t bytes = static_cast<int64_t>(end - first - 1) * slot_bytes + last_slot_bytes_;
-    rank_.Put(ring.receiver, ring.slots + slot * slot_bytes, ring.staging + slot * slot_bytes,
+    const int64_t bytes = static_cast<int64_t>(end - first - 1) * slot_bytes_ + last_slot_bytes_;
+    rank_.Put(ring.receiver, ring.slots + slot * slot_bytes_, ring.staging + slot * slot_bytes_,
               bytes, ring.arrived + slot * 8, end);
     bytes_put_ += static_cast<unsigned long long>(bytes);
   }
@@ -265,13 +274,11 @@ class WarpStage {
  protected:
   /// The slot of input i that Work reads.
   __device__ const char* InputSlot(int i) const {
-    return rank_.At(self().Input(i).slots +
-                    int64_t{stage_.InputSlot(i)} * rank_.config().slot_bytes);
+    return rank_.At(self().Input(i).slots + int64_t{stage_.InputSlot(i)} * slot_bytes_);
   }
   /// The slot that Work writes, in staging memory.
   __device__ char* OutputSlot() const {
-    return rank_.At(self().Output(0).staging +
-                    int64_t{stage_.OutputSlot(0)} * rank_.config().slot_bytes);
+    return rank_.At(self().Output(0).staging + int64_t{stage_.OutputSlot(0)} * slot_bytes_);
   }
   /// `num_bytes`: of the slot that Work has filled, a multiple of 16.
   __device__ void Wrote(int64_t num_bytes, bool has_row) {
@@ -281,9 +288,14 @@ class WarpStage {
 
   Rank<Net>& rank_;
   const Direction direction_;
+  const int64_t slot_bytes_;
   const int lane_;
 
  private:
+  /// Until the receiver has read what ops before have sent, which lies otherwise.
+  __device__ bool AwaitEmpty(const RingPlace& ring, uint64_t sent) {
+    return rank_.WaitFor(ring.credits, sent, Phase::kRingHead, ring.receiver);
+  }
   __device__ Derived& self() { return *static_cast<Derived*>(this); }
   __device__ const Derived& self() const { return *static_cast<const Derived*>(this); }
   __device__ uint64_t& Word(int64_t offset) const {

@@ -193,10 +193,7 @@ bool RunTwoHopCombine(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& nodes
     const uint64_t sent =
         c.IsMasked(rank) ? 0 : 2 * num_calls * SumsSentBy(tokens, nodes.shape().node_of_rank, rank);
     CHECK_EQ(state.tokens_put[kBack] - before[rank].tokens_put[kBack], sent);
-    // Slots of a put lie next to each other with what they do not fill.
-    const uint64_t bytes = state.bytes_put[kBack] - before[rank].bytes_put[kBack];
-    CHECK(bytes >= sent * slot_bytes);
-    CHECK(bytes <= sent * nodes.context(rank).layout.config().slot_bytes);
+    CHECK_EQ(state.bytes_put[kBack] - before[rank].bytes_put[kBack], sent * slot_bytes);
     CHECK_EQ(state.tokens_put[0], before[rank].tokens_put[0]);
   }
   return true;

@@ -52,7 +52,8 @@ Crossing CrossingOf(const VirtualNodes<Machine>& nodes, int rank,
   return crossing;
 }
 
-/// Runs both ops on all ranks, with a plan of the host's, and compares. False if an op gave up.
+/// Runs both ops on all ranks, with a plan of the host's, and compares; between them a dispatch of
+/// shorter rows, if they can be halved. False if an op gave up.
 template <typename Machine>
 bool RunTwoHopDispatch(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& nodes,
                        const ExchangeCase& c, Random& random) {
@@ -66,7 +67,9 @@ bool RunTwoHopDispatch(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& node
     ranks.Mask(c.masked);
     nodes.Reset(c.masked);
   }
+  const int64_t short_bytes = row_bytes % 32 == 0 ? row_bytes / 2 : 0;
   std::vector<DispatchParams> dispatch(group.num_ranks);
+  std::vector<DispatchParams> short_dispatch(group.num_ranks);
   std::vector<CombineGradParams> grad(group.num_ranks);
   std::vector<two_hop::RankState> before;
   for (int rank = 0; rank < group.num_ranks; ++rank) {
@@ -84,6 +87,11 @@ bool RunTwoHopDispatch(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& node
     d.weights = ranks.TakeCopy(rank, h.weights);
     d.rows = ranks.template Take<char>(rank, capacity * row_bytes);
     d.row_weights = ranks.template Take<float>(rank, capacity);
+    short_dispatch[rank] = d;
+    short_dispatch[rank].row_bytes = short_bytes;
+    short_dispatch[rank].zero_tail = true;
+    short_dispatch[rank].rows = ranks.template Take<char>(rank, capacity * short_bytes);
+    short_dispatch[rank].row_weights = ranks.template Take<float>(rank, capacity);
     CombineGradParams& g = grad[rank];
     g.peers = d.peers;
     g.plan = d.plan;
@@ -112,6 +120,11 @@ bool RunTwoHopDispatch(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& node
   nodes.BeginOps();
   each_rank(
       [&](int r) { return LaunchTwoHopDispatch(nodes.Params(r, dispatch[r]), ranks.stream(r)); });
+  if (short_bytes > 0) {
+    each_rank([&](int r) {
+      return LaunchTwoHopDispatch(nodes.Params(r, short_dispatch[r]), ranks.stream(r));
+    });
+  }
   each_rank(
       [&](int r) { return LaunchTwoHopCombineGrad(nodes.Params(r, grad[r]), ranks.stream(r)); });
   nodes.EndOps();
@@ -139,6 +152,16 @@ bool RunTwoHopDispatch(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& node
                         [](char byte) { return byte == '\xa5'; }));
     };
     check_rows("rows", dispatch[rank].rows, h.rows);
+    if (short_bytes > 0) {
+      std::vector<char> want(capacity * short_bytes);
+      for (int64_t row = 0; row < filled && !c.IsMasked(rank); ++row) {
+        const int64_t token = h.row_source[row] / group.top_k;
+        const char* x = host.ranks[token / c.num_tokens].x.data();
+        std::copy_n(x + token % c.num_tokens * short_bytes, short_bytes, &want[row * short_bytes]);
+      }
+      CheckSame("short rows", rank, ranks.Read(short_dispatch[rank].rows, capacity * short_bytes),
+                want.data(), capacity * short_bytes);
+    }
     check_rows("dy", grad[rank].dy, h.dy);
     CheckSame("row_weights", rank, ranks.Read(dispatch[rank].row_weights, capacity),
               h.row_weights.data(), c.zero_tail ? capacity : filled);
@@ -150,15 +173,12 @@ bool RunTwoHopDispatch(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& node
     if (c.IsMasked(rank)) continue;
     const two_hop::RankState after = nodes.State(rank);
     const Crossing crossing = CrossingOf(nodes, rank, h.dest_rank, group.top_k);
-    CHECK_EQ(after.tokens_put[0] - before[rank].tokens_put[0], 2 * crossing.tokens);
-    const int64_t header_bytes = two_hop::SlotHeaderBytes(group.top_k);
-    const int64_t slot_bytes = nodes.context(rank).layout.config().slot_bytes;
-    // Shorter rows leave gaps, which cross if there is another token in the put.
-    if (header_bytes + row_bytes == slot_bytes) {
-      CHECK_EQ(after.bytes_put[0] - before[rank].bytes_put[0],
-               2 * (crossing.tokens * static_cast<uint64_t>(slot_bytes) +
-                    crossing.empty_channels * static_cast<uint64_t>(header_bytes)));
-    }
+    const uint64_t num_ops = short_bytes > 0 ? 3 : 2;
+    const auto header_bytes = static_cast<uint64_t>(two_hop::SlotHeaderBytes(group.top_k));
+    CHECK_EQ(after.tokens_put[0] - before[rank].tokens_put[0], num_ops * crossing.tokens);
+    CHECK_EQ(after.bytes_put[0] - before[rank].bytes_put[0],
+             num_ops * (crossing.tokens + crossing.empty_channels) * header_bytes +
+                 crossing.tokens * static_cast<uint64_t>(2 * row_bytes + short_bytes));
   }
   return true;
 }
