@@ -8,10 +8,9 @@
 namespace wideep::two_hop {
 namespace {
 
-/// Tokens that a ring holds, and to a put. Few, so that all rings of a GPU stay in its cache: there
-/// are many channels.
-constexpr int kSlots = 4;
-constexpr int kBatch = 2;
+/// Of a ring.
+constexpr int kMinSlots = 2;
+constexpr int kMaxSlots = 8;
 
 Status NodesWithout(const GroupShape& shape, uint32_t masked, Nodes& nodes) {
   std::vector<int> sizes;
@@ -53,8 +52,6 @@ Status MakeConfig(const GroupShape& shape, uint32_t masked, int64_t num_bytes, C
   config.num_experts = arena.num_experts;
   config.node_slots = 0;
   config.slot_bytes = (SlotHeaderBytes(arena.top_k) + arena.max_row_bytes + 127) / 128 * 128;
-  config.across_slots = kSlots;
-  config.across_batch = kBatch;
   const int num_warps = arena.num_sms * kWarpsPerBlock;
   const int warps_per_channel = WarpsPerChannel(config.nodes);
   if (num_warps < warps_per_channel) {
@@ -66,6 +63,9 @@ Status MakeConfig(const GroupShape& shape, uint32_t masked, int64_t num_bytes, C
         std::to_string(arena.num_sms) + "; raise num_sms on the ExpertGroup");
   }
   config.num_channels = num_warps / warps_per_channel;
+  const int num_rings = config.num_channels * std::max(config.nodes.num_nodes - 1, 1);
+  config.across_slots = std::clamp(shape.tokens_under_way / num_rings, kMinSlots, kMaxSlots);
+  config.across_batch = std::max(config.across_slots / 2, kMinSlots);
   if (num_bytes == 0) return Status();
   // Ranks left in nodes of very different sizes need more rings: shorter ones, then fewer.
   while (BytesOf(config) > num_bytes && config.across_slots > 1) {

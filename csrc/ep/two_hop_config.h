@@ -15,6 +15,9 @@ struct GroupShape {
   /// Of it: num_ranks, num_experts, top_k, max_row_bytes, num_sms.
   ArenaConfig arena{};
   std::vector<int> node_of_rank;  // [num_ranks], never falling
+  /// Room in a rank's rings, in tokens, about: enough for a network, and so few that the rings of
+  /// all ranks of a GPU, with their staging memory, can stay in its cache.
+  int tokens_under_way = 170;
 };
 
 /// A rank as its kernels know it, by value in their parameters.

@@ -58,6 +58,8 @@ class VirtualNodes {
     const GroupSettings& group = ranks.settings();
     shape_.arena = {group.num_ranks,     group.num_experts, group.top_k,
                     group.max_row_bytes, group.num_sms,     group.chunk};
+    // Short rings, which go round with few tokens.
+    shape_.tokens_under_way = 20;
     for (size_t node = 0; node < node_sizes.size(); ++node) {
       for (int i = 0; i < node_sizes[node]; ++i) {
         shape_.node_of_rank.push_back(static_cast<int>(node));
