@@ -78,6 +78,7 @@ CPP_TESTS = [
     "tests/cpp/plan_test.cc",
     "tests/cpp/rendezvous_test.cc",
     "tests/cpp/row_kernels_test.cc",
+    "tests/cpp/two_hop_config_test.cc",
     "tests/cpp/two_hop_test.cc",
     "tests/cpp/worker_pool_test.cc",
     "tests/model/two_hop_explore.cc",
