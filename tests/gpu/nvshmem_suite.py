@@ -183,8 +183,11 @@ def check_crossed(world):
                     # Dispatch and combine's gradient go out, combine and dispatch's gradient come back.
                     assert got["tokens_out"] == 2 * out[rank], (rank, got, out)
                     assert got["tokens_back"] == 2 * back[rank], (rank, got, back)
-                    row_bytes = 256 * 2
-                    assert got["bytes_out"] >= got["tokens_out"] * row_bytes, got
+                    # A slot: a header of 16 bytes, 16 for each selection, in lines of 128; and the row.
+                    slot_bytes = -(-(16 + 16 * exchange.TOP_K) // 128) * 128 + 256 * 2
+                    assert got["bytes_back"] == got["tokens_back"] * slot_bytes, got
+                    # Beside rows: the plan's entries, and that a channel has ended.
+                    assert got["bytes_out"] >= got["tokens_out"] * slot_bytes, got
                 world.barrier()  # results of all ranks are ready
 
 
