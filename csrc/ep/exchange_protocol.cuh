@@ -66,22 +66,23 @@ class Exchange {
   }
 
   /// Waits until `ready()`. False if this rank or another one gave up; the caller then drains.
+  /// `patience_ns` is added to the deadline: where a peer may itself wait for one that does not
+  /// come, it gives up first and names that one.
   template <typename Ready>
-  __device__ bool Wait(Ready ready, Phase phase, int peer) {
+  __device__ bool Wait(Ready ready, Phase phase, int peer, uint64_t patience_ns = 0) {
     if (ready()) return true;
     const uint64_t begin = ptx::globaltimer();
     for (uint32_t spins = 1;; ++spins) {
       if (ready()) return true;
-      if (spins % 64 == 0 && Stops(begin, phase, peer)) return false;
+      if (spins % 64 != 0) continue;
+      if (Aborted()) return false;
+      if (ptx::globaltimer() - begin > peers_.deadline_ns + patience_ns) {
+        Fail(Failure::kDeadline, phase, peer, 0, 0);
+        return false;
+      }
     }
   }
-  /// Whether to end a wait that began at `begin`: a rank gave up, or this one does now.
-  __device__ bool Stops(uint64_t begin, Phase phase, int peer) {
-    if (Aborted()) return true;
-    if (ptx::globaltimer() - begin <= peers_.deadline_ns) return false;
-    Fail(Failure::kDeadline, phase, peer, 0, 0);
-    return true;
-  }
+  __device__ uint64_t deadline_ns() const { return peers_.deadline_ns; }
 
   /// Whether a rank gave up; leaves this rank's own record of it.
   __device__ bool Aborted() {

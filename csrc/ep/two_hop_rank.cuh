@@ -146,7 +146,7 @@ class Rank {
       // By their difference: `least` may lie below zero.
       came = exchange_.Wait(
           [&] { return static_cast<int64_t>(ptx::ld_acquire_sys_u64(at) - least) >= 0; }, phase,
-          RankOf(peer_number));
+          RankOf(peer_number), exchange_.deadline_ns() / 8);
       if (!came) PassOnAbort();
     }
     came = __shfl_sync(~0u, came, 0);

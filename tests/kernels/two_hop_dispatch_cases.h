@@ -52,6 +52,26 @@ Crossing CrossingOf(const VirtualNodes<Machine>& nodes, int rank,
   return crossing;
 }
 
+/// One rank's dispatch over fresh memory, ready to launch.
+template <typename Machine>
+DispatchParams TakeDispatch(VirtualRanks<Machine>& ranks, int rank, const HostExchange& host,
+                            const ExchangeCase& c) {
+  const HostRank& h = host.ranks[rank];
+  DispatchParams d;
+  d.peers = ranks.context(rank);
+  d.plan = TakePlanOf(ranks, rank, h);
+  d.num_tokens = c.num_tokens;
+  d.top_k = ranks.settings().top_k;
+  d.row_bytes = Bytes(c.dtype, c.hidden);
+  d.capacity = host.capacity;
+  d.zero_tail = c.zero_tail;
+  d.x = ranks.TakeCopy(rank, h.x);
+  d.weights = ranks.TakeCopy(rank, h.weights);
+  d.rows = ranks.template Take<char>(rank, d.capacity * d.row_bytes);
+  d.row_weights = ranks.template Take<float>(rank, d.capacity);
+  return d;
+}
+
 /// Runs both ops on all ranks, with a plan of the host's, and compares; between them a dispatch of
 /// shorter rows, if they can be halved. False if an op gave up.
 template <typename Machine>
@@ -75,18 +95,7 @@ bool RunTwoHopDispatch(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& node
   for (int rank = 0; rank < group.num_ranks; ++rank) {
     const HostRank& h = host.ranks[rank];
     before.push_back(nodes.State(rank));
-    DispatchParams& d = dispatch[rank];
-    d.peers = ranks.context(rank);
-    d.plan = TakePlanOf(ranks, rank, h);
-    d.num_tokens = c.num_tokens;
-    d.top_k = group.top_k;
-    d.row_bytes = row_bytes;
-    d.capacity = capacity;
-    d.zero_tail = c.zero_tail;
-    d.x = ranks.TakeCopy(rank, h.x);
-    d.weights = ranks.TakeCopy(rank, h.weights);
-    d.rows = ranks.template Take<char>(rank, capacity * row_bytes);
-    d.row_weights = ranks.template Take<float>(rank, capacity);
+    const DispatchParams& d = dispatch[rank] = TakeDispatch(ranks, rank, host, c);
     short_dispatch[rank] = d;
     short_dispatch[rank].row_bytes = short_bytes;
     short_dispatch[rank].zero_tail = true;

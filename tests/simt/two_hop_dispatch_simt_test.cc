@@ -106,6 +106,98 @@ TEST(MaskedRanks) {
   }
 }
 
+// ---- ranks that do not come, or that go ----
+
+/// Nobody blames a rank of another node than the one that is missing. (Within that node the
+/// emulator cannot tell: its time runs too fast for the patience of ring waits to count.)
+void CheckBlamed(const Nodes& nodes, const ErrorRecord& record, int missing) {
+  const std::vector<int>& node_of = nodes.shape().node_of_rank;
+  CHECK_EQ(record.failure, static_cast<uint32_t>(Failure::kDeadline));
+  CHECK_EQ(node_of[record.peer], node_of[missing]);
+}
+
+/// All ranks but `missing` (-1: none) launch a dispatch.
+struct Failing {
+  Failing(const std::vector<int>& sizes, uint64_t seed, bool zero_copy = true)
+      : random(seed), ranks(Settings(sizes, zero_copy), seed), nodes(ranks, sizes) {}
+  void Dispatch(int missing) {
+    ExchangeCase c;
+    c.num_tokens = 40;
+    const HostExchange host(ranks.settings(), c, random);
+    for (int rank = 0; rank < ranks.num_ranks(); ++rank) {
+      if (rank == missing) continue;
+      const DispatchParams p = TakeDispatch(ranks, rank, host, c);
+      CHECK(LaunchTwoHopDispatch(nodes.Params(rank, p), ranks.stream(rank)).ok());
+    }
+  }
+  static GroupSettings Settings(const std::vector<int>& sizes, bool zero_copy) {
+    GroupSettings group = Small(NumRanks(sizes));
+    group.deadline_s = 20;
+    group.zero_copy = zero_copy;
+    return group;
+  }
+
+  Random random;
+  Ranks ranks;
+  Nodes nodes;
+};
+
+/// Also on other nodes, whose ranks may wait for those that wait for it.
+TEST(MissingRankIsFound) {
+  uint64_t seed = 0;
+  for (const std::vector<int>& sizes : {std::vector<int>{2, 2}, {1, 1, 1}, {2, 1}}) {
+    for (int missing = 0; missing < NumRanks(sizes); ++missing) {
+      const Context context(Labelled("nodes", static_cast<int64_t>(sizes.size())) + ", " +
+                            Labelled("missing", missing));
+      Failing group(sizes, ++seed);
+      group.Dispatch(missing);
+      if (!group.ranks.machine().Synchronize()) return;
+      for (int rank = 0; rank < group.ranks.num_ranks(); ++rank) {
+        if (rank == missing) continue;
+        CheckBlamed(group.nodes, group.ranks.record(rank), missing);
+      }
+    }
+  }
+}
+
+/// In the middle of a dispatch. The others end, and go on without it.
+TEST(KilledRankIsMasked) {
+  int num_failed = 0;
+  for (uint64_t seed = 1; seed <= 6; ++seed) {
+    const Context context(Labelled("seed", static_cast<int64_t>(seed)));
+    Failing group({2, 2}, seed);
+    group.Dispatch(-1);
+    group.ranks.machine().device().KillAt(1, seed * 20'000);
+    if (!group.ranks.machine().Synchronize()) return;
+    int num_records = 0;
+    for (const int rank : {0, 2, 3}) {
+      const ErrorRecord& record = group.ranks.record(rank);
+      num_records += record.failure != 0;
+      if (record.failure != 0) CheckBlamed(group.nodes, record, 1);
+    }
+    num_failed += num_records > 0;
+    ExchangeCase c;
+    c.num_tokens = 20;
+    c.masked = 0b0010;
+    c.masked_run = false;
+    for (int repeat = 0; repeat < 2; ++repeat) {
+      if (!RunTwoHopDispatch(group.ranks, group.nodes, c, group.random)) return;
+    }
+  }
+  CHECK(num_failed > 0);
+}
+
+TEST(BuffersHaveToBeMapped) {
+  Failing group({2, 1}, 1, /*zero_copy=*/false);
+  group.Dispatch(-1);
+  CHECK(group.ranks.machine().Synchronize());
+  for (int rank = 0; rank < 3; ++rank) {
+    const ErrorRecord& record = group.ranks.record(rank);
+    CHECK_EQ(record.failure, static_cast<uint32_t>(Failure::kNotMapped));
+    CHECK_CONTAINS(Describe(record, 20, 4), "cannot be mapped");
+  }
+}
+
 }  // namespace
 }  // namespace testing
 }  // namespace wideep
