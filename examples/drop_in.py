@@ -150,10 +150,10 @@ class Options:
 def train(options: Options, kind: Kind, group: wep.ExpertGroup) -> list[float]:
     """Losses of all steps; prints how it went."""
     model = Decoder(options, kind, group)
-    # Each parameter where it belongs: experts as the layer's metadata say, all others on every device.
-    graph, state = nnx.split(model)
-    model = nnx.merge(graph, jax.device_put(state, nnx.get_named_sharding(state, group.mesh)))
     optimizer = nnx.Optimizer(model, optax.adam(2e-3), wrt=nnx.Param)
+    # Each parameter and its moments where they belong: experts as the layer's metadata say, all others on every device.
+    graph, state = nnx.split((model, optimizer))
+    model, optimizer = nnx.merge(graph, jax.device_put(state, nnx.get_named_sharding(state, group.mesh)))
     corpus, spread = read_corpus(), NamedSharding(group.mesh, BY_TOKEN)
     losses, seconds = [], []
     for step in range(options.steps):
