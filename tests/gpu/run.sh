@@ -21,7 +21,7 @@
 #   kernels   benchmarks/exchange.cu with $KERNELS (default: --sweep), virtual ranks in one process
 #   bench     benchmarks/exchange_gpu.py with $BENCH, at 8 processes
 #
-# Default: cpp suite killed, at most 8 minutes. families to memory take at most 10 minutes together; what they found is in
+# Default: cpp suite killed, at most 8 minutes. families to memory take at most 13 minutes together; what they found is in
 # summary.log, and at the end of the output.
 set -u -o pipefail
 cd "$(dirname "$0")/../.."
@@ -64,7 +64,7 @@ for name in ${@:-cpp suite killed}; do
         4 tests/gpu/exchange_suite.py killed_then_masked ;;
     failures)
       start_mps
-      step 170 failures env WIDEEP_PLATFORM=cuda "PYTHONPATH=$PWD:$PWD/tests:${PYTHONPATH:-}" \
+      step 170 failures env "WIDEEP_PLATFORM=${WIDEEP_PLATFORM:-cuda}" "PYTHONPATH=$PWD:$PWD/tests:${PYTHONPATH:-}" \
         python3 tests/processes/failures.py ${FAILURES:-} ;;
     layers)
       start_mps
@@ -93,7 +93,7 @@ for name in ${@:-cpp suite killed}; do
         ${MICROBATCHES:---tokens 1024 --decode-tokens 32 --hidden 2048 --ffn 1024 --experts 64 --layers 2}
       note microbatches 'ranks, one / two|failed' ;;
     drop_in)
-      step 150 drop_in env "PYTHONPATH=$PWD:${PYTHONPATH:-}" python3 examples/drop_in.py ${DROP_IN:---dtype bfloat16
+      step 240 drop_in env "PYTHONPATH=$PWD:${PYTHONPATH:-}" python3 examples/drop_in.py ${DROP_IN:---dtype bfloat16
         --hidden 1024 --ffn 512 --layers 4 --experts 32 --top-k 4 --batch 32 --seq 256 --steps 30}
       note drop_in 'ms a step|losses differ' ;;
     memory)

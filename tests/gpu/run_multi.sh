@@ -72,7 +72,7 @@ run() {
       unset WIDEEP_GROUP ;;
     failures)
       [ "$gpus" -ge 3 ] || start_mps
-      step 170 failures env WIDEEP_PLATFORM=cuda "CUDA_VISIBLE_DEVICES=$numbers" \
+      step 170 failures env "WIDEEP_PLATFORM=${WIDEEP_PLATFORM:-cuda}" "CUDA_VISIBLE_DEVICES=$numbers" \
         "PYTHONPATH=$PWD:$PWD/tests:${PYTHONPATH:-}" python3 tests/processes/failures.py ${FAILURES:-}
       stop_mps ;;
     killed)
