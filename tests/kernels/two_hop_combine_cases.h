@@ -158,6 +158,7 @@ bool RunTwoHopCombine(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& nodes
     g.out = ranks.template Take<char>(rank, out_bytes);
     g.dweights = ranks.template Take<float>(rank, selections);
   }
+  nodes.BeginOps();
   for (int call = 0; call < 2 * num_calls; ++call) {
     for (int rank = 0; rank < group.num_ranks; ++rank) {
       if (!c.Runs(rank)) continue;
@@ -169,6 +170,7 @@ bool RunTwoHopCombine(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& nodes
       if (!status.ok()) check::Fail(__FILE__, __LINE__, status.message());
     }
   }
+  nodes.EndOps();
   if (!ranks.machine().Synchronize()) {
     check::Fail(__FILE__, __LINE__, "the machine failed");
     return false;

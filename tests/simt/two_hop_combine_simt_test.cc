@@ -10,7 +10,7 @@ namespace testing {
 namespace {
 
 using check::Context;
-using Ranks = VirtualRanks<SimtMachine>;
+using Ranks = VirtualRanks<NetworkedMachine>;
 
 GroupSettings Small(int num_ranks) {
   GroupSettings group;
@@ -25,8 +25,12 @@ GroupSettings Small(int num_ranks) {
 /// One group through several cases, so that rings go on where they were.
 class Group {
  public:
-  Group(const GroupSettings& settings, const std::vector<int>& node_sizes, uint64_t seed)
-      : random_(seed), ranks_(settings, seed), nodes_(ranks_, node_sizes) {}
+  /// `late`: the network delivers late and in any order.
+  Group(const GroupSettings& settings, const std::vector<int>& node_sizes, uint64_t seed,
+        bool late = false)
+      : random_(seed), ranks_(settings, seed), nodes_(ranks_, node_sizes) {
+    if (late) nodes_.DeliverLate();
+  }
   bool Run(const ExchangeCase& c, int num_calls = 2) {
     return RunTwoHopCombine(ranks_, nodes_, c, num_calls, random_);
   }
@@ -58,13 +62,13 @@ class Group {
  private:
   Random random_;
   Ranks ranks_;
-  VirtualNodes<SimtMachine> nodes_;
+  VirtualNodes<NetworkedMachine> nodes_;
 };
 
 TEST(TwoNodesOfTwo) {
   for (uint64_t seed = 1; seed <= 2; ++seed) {
     const Context context(Labelled("seed", static_cast<int64_t>(seed)));
-    Group group(Small(4), {2, 2}, seed);
+    Group group(Small(4), {2, 2}, seed, /*late=*/seed == 2);
     for (const DType dtype : kFloatDTypes) {
       ExchangeCase c;
       c.dtype = dtype;
@@ -92,8 +96,9 @@ TEST(OtherNodes) {
   for (const std::vector<int>& node_sizes : std::vector<std::vector<int>>{
            {1, 1, 1}, {2, 1}, {1, 2}, {3, 1}, {2, 3}, {3}, {1, 1, 1, 1, 1}, {1}}) {
     const Context context("nodes " + std::to_string(seed));
-    Group group(Small(std::accumulate(node_sizes.begin(), node_sizes.end(), 0)), node_sizes,
-                ++seed);
+    ++seed;
+    Group group(Small(std::accumulate(node_sizes.begin(), node_sizes.end(), 0)), node_sizes, seed,
+                /*late=*/seed % 2 == 0);
     for (const int64_t num_tokens : {0, 1, 12}) {
       ExchangeCase c;
       c.num_tokens = num_tokens;
@@ -134,7 +139,7 @@ TEST(LongRows) {
 TEST(RanksThatComeLate) {
   for (uint64_t seed = 1; seed <= 3; ++seed) {
     const Context context(Labelled("seed", static_cast<int64_t>(seed)));
-    Group group(Small(3), {2, 1}, seed);
+    Group group(Small(3), {2, 1}, seed, /*late=*/seed > 1);
     ExchangeCase c;
     c.num_tokens = 23;
     c.delay_us = 100;
@@ -147,7 +152,7 @@ TEST(MaskedRanks) {
   uint64_t seed = 0;
   for (const bool masked_after_plan : {false, true}) {
     for (const bool masked_run : {false, true}) {
-      Group group(Small(4), {2, 2}, ++seed);
+      Group group(Small(4), {2, 2}, ++seed, masked_run);
       for (const uint32_t masked : {0b0010u, 0b0001u, 0b1100u, 0b0110u, 0b0000u}) {
         ExchangeCase c;
         c.num_tokens = 13;
@@ -175,7 +180,7 @@ TEST(RandomGroups) {
     settings.num_sms = static_cast<int>(Uniform(random, 1, 2));
     settings.num_experts = settings.num_ranks * static_cast<int>(Uniform(random, 2, 8));
     settings.top_k = static_cast<int>(Uniform(random, 1, std::min(8, settings.num_experts)));
-    Group group(settings, node_sizes, seed);
+    Group group(settings, node_sizes, seed, /*late=*/seed % 3 != 0);
     for (int i = 0; i < 3; ++i) {
       ExchangeCase c;
       c.num_tokens = Uniform(random, 0, 40);
