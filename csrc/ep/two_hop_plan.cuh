@@ -10,7 +10,8 @@
 //      dispatch, but packed: a slot has as many entries as fit, of any tokens. A forwarder writes
 //      them at their hosts.
 //
-// A rank that has given up sends no counts: nobody ends a plan without having heard of it.
+// A rank that has given up sends no places, for which some rank of every other node waits, and for
+// that one its node: nobody ends a plan without having heard of it.
 #pragma once
 
 #include "csrc/ep/plan_block.cuh"
@@ -36,8 +37,6 @@ class NodeCounts {
       own[expert] = totals[expert];
     }
     __syncthreads();
-    const bool gave_up = lane_ == 0 && rank_.exchange().Aborted();
-    if (__any_sync(~0u, gave_up)) return;
     const int warp = threadIdx.x / 32;
     if (warp >= rank_.nodes().num_ranks) return;
     Passing passing{*this, accepted, warp};
