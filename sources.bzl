@@ -25,6 +25,7 @@ HOST_HEADERS = [
     "csrc/core/elastic_threads.h",
     "csrc/core/float_env.h",
     "csrc/core/host_device.h",
+    "csrc/core/layout.h",
     "csrc/core/pages.h",
     "csrc/core/status.h",
     "csrc/core/worker_pool.h",
@@ -168,6 +169,7 @@ EXCHANGE_CUDA_HEADERS = [
     "csrc/ep/row_sum.cuh",
     "csrc/ep/two_hop.h",
     "csrc/ep/two_hop_combine.cuh",
+    "csrc/ep/two_hop_combine_grad.cuh",
     "csrc/ep/two_hop_dispatch.cuh",
     "csrc/ep/two_hop_launch.cuh",
     "csrc/ep/two_hop_plan.cuh",
@@ -203,15 +205,17 @@ CUDA_FFI_HEADERS = [
     "xla_ffi/ffi_util.h",
 ]
 
-# NVSHMEM's memory and the relay over it, and their nanobind module.
+# NVSHMEM's memory, what goes over it between nodes, and their nanobind module.
 NVSHMEM_SOURCES = [
     "csrc/ep/two_hop_config.cc",
+    "csrc/ep/two_hop_nvshmem.cu",
     "csrc/ep/two_hop_plan.cc",
     "csrc/transport/nvshmem.cu",
     "xla_ffi/nvshmem/module.cc",
 ]
 
 NVSHMEM_HEADERS = [
+    "csrc/ep/two_hop_nvshmem.h",
     "csrc/transport/nvshmem.h",
 ]
 

@@ -255,23 +255,47 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
 
 // ---- combine's backward pass ----
 
-/// dy and the dot product of up to kRowsAtOnce rows of one token. Lane i < num_rows brings row i.
+/// A row of combine's gradient, wherever it lies.
+struct GradRow {
+  const char* y;
+  char* dy;
+  float* dot;
+  float weight;
+};
+__device__ __forceinline__ GradRow OwnGradRow(const CombineGradParams& p, int32_t row,
+                                              int64_t row_bytes) {
+  return {p.y + row * row_bytes, p.dy + row * row_bytes, p.drow_weights + row, p.row_weights[row]};
+}
+
+template <typename T>
+__device__ __forceinline__ T* PointerOfLane(T* pointer, int lane) {
+  return reinterpret_cast<T*>(
+      __shfl_sync(~0u, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
+/// dy and the dot product of each row of one token, kRowsAtOnce at a time. Each of `lanes` brings a
+/// row.
 template <DType kDType>
-__device__ __forceinline__ void ScaleAndDot(const CombineGradParams& p, const char* dout,
-                                            int32_t row_of_lane, int num_rows, int lane) {
+__device__ __forceinline__ void ScaleAndDot(const char* dout, int64_t row_bytes, const GradRow& own,
+                                            uint32_t lanes) {
   constexpr int kRowsAtOnce = 2;
   constexpr int kColumns = 4;
   constexpr int kElems = kVectorElems<kDType>;
-  const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
-  for (int first = 0; first < num_rows; first += kRowsAtOnce) {
-    int64_t offset[kRowsAtOnce];
+  const int lane = threadIdx.x % 32;
+  while (lanes != 0) {
+    int of_lane[kRowsAtOnce];  // -1: none
+    const char* y_row[kRowsAtOnce];
+    char* dy_row[kRowsAtOnce];
     float weight[kRowsAtOnce];
     float dot[kRowsAtOnce] = {};
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
-      const int32_t row = __shfl_sync(~0u, row_of_lane, min(first + i, num_rows - 1));
-      offset[i] = row * row_bytes;
-      weight[i] = p.row_weights[row];
+      of_lane[i] = __ffs(static_cast<int>(lanes)) - 1;
+      lanes &= lanes - 1;
+      const int from = max(of_lane[i], 0);
+      y_row[i] = PointerOfLane(own.y, from);
+      dy_row[i] = PointerOfLane(own.dy, from);
+      weight[i] = __shfl_sync(~0u, own.weight, from);
     }
     for (int64_t at = lane * 16; at < row_bytes; at += kColumns * 512) {
       int4 dout_bits[kColumns];
@@ -282,8 +306,8 @@ __device__ __forceinline__ void ScaleAndDot(const CombineGradParams& p, const ch
         dout_bits[c] = ptx::ld_global_no_allocate_v4(dout + at + c * 512);
 #pragma unroll
         for (int i = 0; i < kRowsAtOnce; ++i) {
-          if (first + i < num_rows) {
-            y_bits[i][c] = ptx::ld_global_no_allocate_v4(p.y + offset[i] + at + c * 512);
+          if (of_lane[i] >= 0) {
+            y_bits[i][c] = ptx::ld_global_no_allocate_v4(y_row[i] + at + c * 512);
           }
         }
       }
@@ -294,7 +318,7 @@ __device__ __forceinline__ void ScaleAndDot(const CombineGradParams& p, const ch
         Unpack<kDType>(dout_bits[c], d);
 #pragma unroll
         for (int i = 0; i < kRowsAtOnce; ++i) {
-          if (first + i >= num_rows) continue;
+          if (of_lane[i] < 0) continue;
           float y[kElems];
           Unpack<kDType>(y_bits[i][c], y);
           float scaled[kElems];
@@ -303,7 +327,7 @@ __device__ __forceinline__ void ScaleAndDot(const CombineGradParams& p, const ch
             dot[i] += y[e] * d[e];
             scaled[e] = __fmul_rn(weight[i], d[e]);
           }
-          ptx::st_global_v4(p.dy + offset[i] + at + c * 512, Pack<kDType>(scaled));
+          ptx::st_global_v4(dy_row[i] + at + c * 512, Pack<kDType>(scaled));
         }
       }
     }
@@ -311,7 +335,7 @@ __device__ __forceinline__ void ScaleAndDot(const CombineGradParams& p, const ch
     for (int i = 0; i < kRowsAtOnce; ++i) {
 #pragma unroll
       for (int step = 16; step > 0; step /= 2) dot[i] += __shfl_xor_sync(~0u, dot[i], step);
-      if (lane == 0 && first + i < num_rows) p.drow_weights[offset[i] / row_bytes] = dot[i];
+      if (lane == of_lane[i]) *own.dot = dot[i];
     }
   }
 }
@@ -330,9 +354,9 @@ __device__ void PullDouts(const CombineGradParams& p, const Exchange& exchange, 
   ForEachToken(arrivals, stripe, warps_per_source,
                [&](const Arrivals& a, uint32_t lanes, int leader) {
                  const int64_t token = __shfl_sync(~0u, a.token, leader) - src * p.num_tokens;
-                 // Its rows are those of consecutive lanes.
-                 const int32_t row = __shfl_sync(~0u, a.row, min(leader + lane, 31));
-                 ScaleAndDot<kDType>(p, dout[src] + token * row_bytes, row, __popc(lanes), lane);
+                 const bool mine = lanes >> lane & 1;
+                 ScaleAndDot<kDType>(dout[src] + token * row_bytes, row_bytes,
+                                     mine ? OwnGradRow(p, a.row, row_bytes) : GradRow(), lanes);
                });
 }
 
@@ -347,7 +371,7 @@ __device__ bool DoutsThroughRings(const CombineGradParams& p, Exchange& exchange
       [&](const RingHeader& header, const char* dout, int, auto free_slot) {
         const int32_t num_rows = header.num_rows;
         const int32_t row = header.words()[min(lane, num_rows - 1)];
-        ScaleAndDot<kDType>(p, dout, row, num_rows, lane);
+        ScaleAndDot<kDType>(dout, row_bytes, OwnGradRow(p, row, row_bytes), (1u << num_rows) - 1);
         free_slot();
       });
 }

@@ -119,8 +119,8 @@ class Exchange {
   /// Barrier of this rank's blocks. All threads of all blocks; false if a rank gave up.
   __device__ bool BlockBarrier(uint32_t* flags);
 
-  /// Ends the exchange. All threads of all blocks.
-  __device__ void Finish(uint32_t* flags);
+  /// Ends the exchange. All threads of all blocks. `patience_ns` as of Wait.
+  __device__ void Finish(uint32_t* flags, uint64_t patience_ns = 0);
 
  private:
   __device__ void WriteRecord(uint32_t failure, uint32_t op, uint32_t phase, int reporter, int peer,
@@ -240,7 +240,7 @@ __device__ inline bool Exchange::BlockBarrier(uint32_t* flags) {
   return ok;
 }
 
-__device__ inline void Exchange::Finish(uint32_t* flags) {
+__device__ inline void Exchange::Finish(uint32_t* flags, uint64_t patience_ns) {
   // Bulk stores that this thread issued are complete and ordered before the barrier.
   ptx::cp_async_bulk_wait_group<0>();
   ptx::fence_proxy_async();
@@ -259,7 +259,7 @@ __device__ inline void Exchange::Finish(uint32_t* flags) {
     const auto* done = reinterpret_cast<const uint32_t*>(arena() + layout().done);
     const bool came = Wait(
         [&] { return static_cast<int32_t>(ptx::ld_acquire_sys_u32(&done[peer]) - epoch_) >= 0; },
-        Phase::kDone, peer);
+        Phase::kDone, peer, patience_ns);
     if (!came) flags[1] = 0;
   }
   __syncthreads();

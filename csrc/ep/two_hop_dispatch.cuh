@@ -1,4 +1,5 @@
-// Tokens go to their rows over nodes: dispatch, and the first half of combine's gradient.
+// TwoHopDispatchKernel: tokens go to their rows over nodes. Dispatch, and, with another `Rows`,
+// combine's gradient (two_hop_combine_grad.cuh).
 //
 //   senders     a warp for each (other node, channel): tokens with selections there, into staging
 //               memory and across
@@ -6,12 +7,17 @@
 //               comes, from its slot to all rows in this node
 //   own         the other warps: this rank's tokens with selections in its own node, to all of them
 //
-// Rows and weights are written in place. Within a node published: rows, row_weights; Finish orders
-// everything there. The second half of combine's gradient, a kernel of its own, has no peers.
+// Rows are written in place, wherever they lie in the node. `Rows` says what is published there and
+// what a token makes of its rows:
+//
+//   kNumBuffers, void Publish(const void* (&mine)[kNumBuffers])
+//   Rows(p, here, pipe)
+//   void Write(const char* token, int32_t host, int64_t row, int32_t word)
+//        all lanes: a token to the rows that lanes bring, each of a rank of the node (-1: none)
+//
+// Finish orders everything in the node.
 #pragma once
 
-#include "csrc/ep/combine.cuh"
-#include "csrc/ep/combine.h"
 #include "csrc/ep/dispatch_shared.cuh"
 #include "csrc/ep/two_hop_plan.h"
 #include "csrc/ep/two_hop_rank.cuh"
@@ -19,7 +25,7 @@
 
 namespace wideep {
 
-/// DispatchParams and CombineGradParams, as far as tokens go out.
+/// What DispatchParams and CombineGradParams have in common.
 struct TwoHopTokens {
   PeerContext peers;
   PlanArrays plan;
@@ -32,9 +38,12 @@ struct TwoHopTokens {
   const char* x = nullptr;         // in  [num_tokens, row_bytes]
   const float* weights = nullptr;  // in  [num_tokens, top_k]; null: none
   char* rows = nullptr;            // out [capacity, row_bytes]
-  float* row_scalars = nullptr;    // out [capacity]: weights; without them zeroed past the rows
+  float* row_scalars = nullptr;    // out [capacity]
   int32_t piece_bytes = 0;
   int32_t num_stages = 0;
+  // Of combine's gradient:
+  const char* y = nullptr;             // in  [capacity, row_bytes]
+  const float* row_weights = nullptr;  // in  [capacity]
 };
 
 namespace two_hop {
@@ -93,6 +102,11 @@ __device__ void CopyRow(BulkPipe& pipe, const char* row, int64_t row_bytes, Stor
   }
 }
 
+/// What a selection takes along.
+__device__ inline int32_t WordOf(const TwoHopTokens& p, int64_t selection) {
+  return p.weights == nullptr ? 0 : __float_as_int(p.weights[selection]);
+}
+
 WIDEEP_HOST_DEVICE inline int64_t SlotBytes(const TwoHopTokens& p) {
   return SlotHeaderBytes(p.top_k) + p.row_bytes;
 }
@@ -129,7 +143,7 @@ class DispatchSender : public WarpStage<DispatchSender<Net>, Net, 0, 1> {
         entry.host = static_cast<int16_t>(__popc(tokens_.ranks() & ((1u << dst) - 1)));
         entry.k = static_cast<int16_t>(lane);
         entry.row = p_.plan.dest_row[s];
-        if (p_.weights != nullptr) entry.word = __float_as_int(p_.weights[s]);
+        entry.word = WordOf(p_, s);
         header->entries()[__popc(lanes & ((1u << lane) - 1))] = entry;
       }
     }
@@ -160,15 +174,44 @@ class DispatchSender : public WarpStage<DispatchSender<Net>, Net, 0, 1> {
   bool ended_ = false;
 };
 
-template <typename Net>
-class DispatchForwarder : public WarpStage<DispatchForwarder<Net>, Net, 1, 0> {
+/// Rows and their weights.
+class DispatchRows {
+ public:
+  static constexpr int kNumBuffers = 2;
+  static __device__ void Publish(const TwoHopTokens& p, const void* (&mine)[kNumBuffers]) {
+    mine[0] = p.rows;
+    mine[1] = p.row_scalars;
+  }
+  __device__ DispatchRows(const TwoHopTokens& p, char* const* here, BulkPipe& pipe)
+      : p_(p), here_(here), pipe_(pipe) {}
+
+  __device__ void Write(const char* token, int32_t host, int64_t row, int32_t word) const {
+    char* to = nullptr;
+    if (host >= 0) {
+      to = here_[host] + row * p_.row_bytes;
+      reinterpret_cast<float*>(here_[kMaxRanks + host])[row] = __int_as_float(word);
+    }
+    // What was acquired, copies read.
+    ptx::fence_proxy_async();
+    CopyRow(pipe_, token, p_.row_bytes, [&](int64_t at, uint32_t bytes) {
+      if (to != nullptr) pipe_.Store(to + at, bytes);
+    });
+  }
+
+ private:
+  const TwoHopTokens& p_;
+  char* const* const here_;
+  BulkPipe& pipe_;
+};
+
+template <typename Rows, typename Net>
+class DispatchForwarder : public WarpStage<DispatchForwarder<Rows, Net>, Net, 1, 0> {
  public:
   __device__ DispatchForwarder(Rank<Net>& rank, const TwoHopTokens& p, int source, int channel,
-                               char* const* here, BulkPipe& pipe)
+                               const Rows& rows)
       : DispatchForwarder::WarpStage(rank, Direction::kOut, SlotBytes(p)),
-        p_(p),
-        here_(here),
-        pipe_(pipe),
+        header_bytes_(SlotHeaderBytes(p.top_k)),
+        rows_(rows),
         input_(rank.layout().Across(Direction::kOut, source, rank.node(), channel)) {}
 
   __device__ RingPlace Input(int) const { return input_; }
@@ -182,56 +225,40 @@ class DispatchForwarder : public WarpStage<DispatchForwarder<Net>, Net, 1, 0> {
     const int32_t num_entries = header->num_entries;
     ended_ = header->last != 0;
     if (num_entries == 0) return;
-    char* to = nullptr;
+    SlotHeader::Entry entry{};
+    int32_t host = -1;
     if (this->lane_ < num_entries) {
-      const SlotHeader::Entry entry = header->entries()[this->lane_];
-      const int host = this->rank_.HostRank(entry.host);
-      to = here_[host] + entry.row * p_.row_bytes;
-      if (p_.weights != nullptr) {
-        reinterpret_cast<float*>(here_[kMaxRanks + host])[entry.row] = __int_as_float(entry.word);
-      }
+      entry = header->entries()[this->lane_];
+      host = this->rank_.HostRank(entry.host);
     }
-    // The slot was acquired; copies read it.
-    ptx::fence_proxy_async();
-    CopyRow(pipe_, slot + SlotHeaderBytes(p_.top_k), p_.row_bytes, [&](int64_t at, uint32_t bytes) {
-      if (to != nullptr) pipe_.Store(to + at, bytes);
-    });
+    rows_.Write(slot + header_bytes_, host, entry.row, entry.word);
   }
 
  private:
-  const TwoHopTokens& p_;
-  char* const* const here_;
-  BulkPipe& pipe_;
+  const int64_t header_bytes_;
+  const Rows& rows_;
   const RingPlace input_;
   bool ended_ = false;
 };
 
 /// Part `part` of `num_parts` of this rank's tokens with selections in its own node.
-template <typename Net>
+template <typename Rows, typename Net>
 __device__ void DispatchInNode(const Rank<Net>& rank, const TwoHopTokens& p, int part,
-                               int num_parts, char* const* here, BulkPipe& pipe) {
+                               int num_parts, const Rows& rows) {
   const int lane = threadIdx.x % 32;
   TokensTo tokens(p, rank.RanksOf(rank.node()), TokensOf(p.num_tokens, part, num_parts));
   for (int64_t token = tokens.Next(); token >= 0; token = tokens.Next()) {
-    char* to = nullptr;
     const int64_t s = token * p.top_k + lane;
     const int32_t dst = lane < p.top_k ? p.plan.dest_rank[s] : -1;
-    if (tokens.Has(dst)) {
-      const int64_t row = p.plan.dest_row[s];
-      to = here[dst] + row * p.row_bytes;
-      if (p.weights != nullptr) {
-        reinterpret_cast<float*>(here[kMaxRanks + dst])[row] = p.weights[s];
-      }
-    }
-    CopyRow(pipe, p.x + token * p.row_bytes, p.row_bytes, [&](int64_t at, uint32_t bytes) {
-      if (to != nullptr) pipe.Store(to + at, bytes);
-    });
+    const bool goes = tokens.Has(dst);
+    rows.Write(p.x + token * p.row_bytes, goes ? dst : -1, goes ? p.plan.dest_row[s] : 0,
+               goes ? WordOf(p, s) : 0);
   }
 }
 
 /// This warp's part. False: somebody gave up.
-template <typename Net>
-__device__ bool DispatchTokens(Rank<Net>& rank, const TwoHopTokens& p, char* const* here,
+template <typename Rows, typename Net>
+__device__ bool DispatchTokens(Rank<Net>& rank, const TwoHopTokens& p, const Rows& rows,
                                BulkPipe& pipe) {
   const int channels = rank.config().num_channels;
   const int num_other = rank.nodes().num_nodes - 1;
@@ -242,17 +269,17 @@ __device__ bool DispatchTokens(Rank<Net>& rank, const TwoHopTokens& p, char* con
     return DispatchSender<Net>(rank, p, rank.OtherNode(end), channel, pipe).Run();
   }
   if (end < num_ends) {
-    return DispatchForwarder<Net>(rank, p, rank.SourceOf(end - num_other), channel, here, pipe)
-        .Run();
+    const int source = rank.SourceOf(end - num_other);
+    return DispatchForwarder<Rows, Net>(rank, p, source, channel, rows).Run();
   }
   const int first = num_ends * channels;
-  DispatchInNode(rank, p, rank.warp() - first, rank.num_warps() - first, here, pipe);
+  DispatchInNode(rank, p, rank.warp() - first, rank.num_warps() - first, rows);
   return true;
 }
 
 }  // namespace two_hop
 
-template <typename Net>
+template <typename Rows, typename Net>
 __global__ void __launch_bounds__(kDispatchThreads, 1)
     TwoHopDispatchKernel(const __grid_constant__ two_hop::Params<TwoHopTokens, Net> params) {
   const TwoHopTokens& p = params.op;
@@ -262,64 +289,36 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
     return ZeroRows(p.plan, p.zero_tail, p.rows, p.row_scalars, p.capacity, p.row_bytes);
   }
   two_hop::Rank<Net> rank(params.context, params.net, exchange);
-  const void* mine[2] = {p.rows, p.row_scalars};
+  const void* mine[Rows::kNumBuffers];
+  Rows::Publish(p, mine);
   if (!rank.Begin(mine, shared.here, shared.flags)) return;
   const int warp = threadIdx.x / 32;
   BulkPipe pipe(shared.buffers(warp, int64_t{p.num_stages} * p.piece_bytes),
                 shared.barriers + warp * kMaxStages, p.piece_bytes, p.num_stages);
-  if (!two_hop::DispatchTokens(rank, p, shared.here, pipe)) return;
+  const Rows rows(p, shared.here, pipe);
+  if (!two_hop::DispatchTokens(rank, p, rows, pipe)) return;
   if (p.zero_tail) ZeroTail(p.rows, p.row_scalars, *p.plan.num_rows, p.capacity, p.row_bytes);
   ZeroMaskedRows(exchange, p.plan, p.rows, p.row_scalars, p.row_bytes);
   rank.Finish(shared.flags);
 }
 
-/// Combine's gradient where each row's dout lies in its place in dy: dy and the dot products.
-template <DType kDType>
-__global__ void __launch_bounds__(kCombineThreads, 1)
-    ScaleRowsKernel(const __grid_constant__ CombineGradParams p) {
-  Exchange exchange(p.peers, ExchangeOp::kCombineGrad);
-  if (!exchange.takes_part()) return;
-  const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(kDType));
-  const int lane = threadIdx.x % 32;
-  const int warp = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) / 32;
-  const int num_warps = static_cast<int>(gridDim.x * blockDim.x) / 32;
-  for (int src = 0; src < exchange.num_ranks(); ++src) {
-    // Those of a masked rank are zero already.
-    if (exchange.IsMasked(src)) continue;
-    const SourceArrivals arrivals(p.plan, src, p.top_k);
-    for (int32_t i = arrivals.begin() + warp; i < arrivals.end(); i += num_warps) {
-      const int32_t row = p.plan.arrival_rows[i];
-      ScaleAndDot<kDType>(p, p.dy + row * row_bytes, row, 1, lane);
-    }
-  }
-}
-
-template <typename Net>
-Status LoadTwoHopDispatch() {
-  Status status =
-      LoadKernels<two_hop::Params<TwoHopTokens, Net>>({TwoHopDispatchKernel<Net>}, "dispatch");
-  if (!status.ok()) return status;
-  return LoadKernels<CombineGradParams>(
-      {ScaleRowsKernel<DType::kF32>, ScaleRowsKernel<DType::kBF16>, ScaleRowsKernel<DType::kF16>},
-      "combine's gradient");
-}
-
-template <typename Net>
-Status LaunchTwoHopTokens(two_hop::Params<TwoHopTokens, Net> params, cudaStream_t stream,
-                          const char* op) {
-  TwoHopTokens& p = params.op;
-  p = WithBuffers(p);
+template <typename Rows, typename Net>
+Status LaunchTwoHopTokens(const TwoHopTokens& tokens, const two_hop::Context& context,
+                          const Net& net, cudaStream_t stream, const char* op) {
+  const two_hop::Params<TwoHopTokens, Net> params{WithBuffers(tokens), context, net};
+  const TwoHopTokens& p = params.op;
   const int64_t slot_bytes = two_hop::SlotBytes(p);
   if (p.row_bytes % 16 != 0 || p.top_k > kMaxKernelTopK ||
-      slot_bytes > params.context.layout.config().slot_bytes) {
+      slot_bytes > context.layout.config().slot_bytes) {
     return Status::InvalidArgument(
         std::string(op) + ": expected rows of a multiple of 16 bytes, top_k of at most " +
         std::to_string(kMaxKernelTopK) + " and slots of at most " +
-        std::to_string(params.context.layout.config().slot_bytes) + " bytes on CUDA, got " +
+        std::to_string(context.layout.config().slot_bytes) + " bytes on CUDA, got " +
         std::to_string(p.row_bytes) + " bytes, top_k " + std::to_string(p.top_k) +
         " and slots of " + std::to_string(slot_bytes) + " bytes");
   }
-  return Launch(TwoHopDispatchKernel<Net>, p.peers.num_sms, kDispatchThreads,
+  // All blocks: every end of a ring has a warp.
+  return Launch(TwoHopDispatchKernel<Rows, Net>, p.peers.num_sms, kDispatchThreads,
                 DispatchSharedBytes(p), stream, params, op);
 }
 
@@ -327,31 +326,28 @@ template <typename Net>
 Status LaunchTwoHopDispatch(const two_hop::Params<DispatchParams, Net>& params,
                             cudaStream_t stream) {
   const DispatchParams& p = params.op;
-  const TwoHopTokens tokens{
-      p.peers,     p.plan,        ExchangeOp::kDispatch, p.num_tokens, p.top_k,
-      p.row_bytes, p.capacity,    p.zero_tail,           p.x,          p.weights,
-      p.rows,      p.row_weights, p.piece_bytes,         p.num_stages};
-  return LaunchTwoHopTokens<Net>({tokens, params.context, params.net}, stream, "dispatch");
+  TwoHopTokens tokens;
+  tokens.peers = p.peers;
+  tokens.plan = p.plan;
+  tokens.num_tokens = p.num_tokens;
+  tokens.top_k = p.top_k;
+  tokens.row_bytes = p.row_bytes;
+  tokens.capacity = p.capacity;
+  tokens.zero_tail = p.zero_tail;
+  tokens.x = p.x;
+  tokens.weights = p.weights;
+  tokens.rows = p.rows;
+  tokens.row_scalars = p.row_weights;
+  tokens.piece_bytes = p.piece_bytes;
+  tokens.num_stages = p.num_stages;
+  return LaunchTwoHopTokens<two_hop::DispatchRows>(tokens, params.context, params.net, stream,
+                                                   "dispatch");
 }
 
 template <typename Net>
-Status LaunchTwoHopCombineGrad(const two_hop::Params<CombineGradParams, Net>& params,
-                               cudaStream_t stream) {
-  constexpr const char* kOp = "combine's gradient";
-  const CombineGradParams& p = params.op;
-  const int64_t row_bytes = p.hidden * static_cast<int64_t>(SizeOf(p.dtype));
-  const TwoHopTokens tokens{p.peers,      p.plan,      ExchangeOp::kCombineGrad,
-                            p.num_tokens, p.top_k,     row_bytes,
-                            p.capacity,   p.zero_tail, p.dout,
-                            nullptr,      p.dy,        p.drow_weights};
-  if (Status status = LaunchTwoHopTokens<Net>({tokens, params.context, params.net}, stream, kOp);
-      !status.ok()) {
-    return status;
-  }
-  const auto scale = p.dtype == DType::kF32    ? ScaleRowsKernel<DType::kF32>
-                     : p.dtype == DType::kBF16 ? ScaleRowsKernel<DType::kBF16>
-                                               : ScaleRowsKernel<DType::kF16>;
-  return Launch(scale, p.peers.num_sms, kCombineThreads, 0, stream, p, kOp);
+Status LoadTwoHopDispatch() {
+  return LoadKernels<two_hop::Params<TwoHopTokens, Net>>(
+      {TwoHopDispatchKernel<two_hop::DispatchRows, Net>}, "dispatch over nodes");
 }
 
 }  // namespace wideep

@@ -9,6 +9,7 @@
 
 #include "csrc/ep/two_hop.h"
 #include "csrc/ep/two_hop_combine.cuh"
+#include "csrc/ep/two_hop_combine_grad.cuh"
 #include "csrc/ep/two_hop_config.h"
 #include "csrc/ep/two_hop_dispatch.cuh"
 #include "csrc/ep/two_hop_plan.cuh"
@@ -94,7 +95,8 @@ class TwoHopOverNet : public TwoHop {
 /// Ready for the first op once every rank has made its own. Loads the kernels.
 template <typename Net>
 Status MakeTwoHop(const TwoHopSettings& settings, const Net& net, std::shared_ptr<TwoHop>& out) {
-  for (const auto load : {LoadTwoHopPlan<Net>, LoadTwoHopDispatch<Net>, LoadTwoHopCombine<Net>}) {
+  for (const auto load : {LoadTwoHopPlan<Net>, LoadTwoHopDispatch<Net>, LoadTwoHopCombine<Net>,
+                          LoadTwoHopCombineGrad<Net>}) {
     if (Status status = load(); !status.ok()) return status;
   }
   auto two_hop = std::make_shared<TwoHopOverNet<Net>>(settings, net);

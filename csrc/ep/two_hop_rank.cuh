@@ -20,7 +20,9 @@
 // barrier passes that on. Bulk copies are completed by the stage (EndReads, EndWrites).
 //
 // A wait that lasts too long ends as on one node, and whoever gives up or sees that another rank
-// did tells all ranks on other nodes.
+// did tells all ranks on other nodes. So that the rank that does not come is named, those who wait
+// for others that may wait for it are more patient: Begin least, then rings and counts, then
+// Finish.
 #pragma once
 
 #include <cstddef>
@@ -133,7 +135,7 @@ class Rank {
   }
   /// Exchange::Finish in the node. All threads of all blocks.
   __device__ void Finish(uint32_t* flags) const {
-    exchange_.Finish(flags);
+    exchange_.Finish(flags, 2 * patience_ns());
     if (threadIdx.x == 0) PassOnAbort();
   }
 
@@ -146,7 +148,7 @@ class Rank {
       // By their difference: `least` may lie below zero.
       came = exchange_.Wait(
           [&] { return static_cast<int64_t>(ptx::ld_acquire_sys_u64(at) - least) >= 0; }, phase,
-          RankOf(peer_number), exchange_.deadline_ns() / 8);
+          RankOf(peer_number), patience_ns());
       if (!came) PassOnAbort();
     }
     came = __shfl_sync(~0u, came, 0);
@@ -165,6 +167,7 @@ class Rank {
   }
 
  private:
+  __device__ uint64_t patience_ns() const { return exchange_.deadline_ns() / 8; }
   __device__ void Release() const {
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::fence_acq_rel_sys();

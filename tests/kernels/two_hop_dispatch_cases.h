@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "csrc/ep/two_hop_combine_grad.cuh"
 #include "csrc/ep/two_hop_dispatch.cuh"
 #include "tests/kernels/exchange_cases.h"
 #include "tests/kernels/virtual_nodes.h"
