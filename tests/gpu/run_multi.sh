@@ -99,9 +99,9 @@ run() {
         --seq 512 --steps 50 --eval-every 50}
       runs=$(mktemp -d)
       step "$LIMIT" train env "PYTHONPATH=$PWD:${PYTHONPATH:-}" python3 -m jax_wideep.launch --processes "$gpus" \
-        --gpu-each examples/train_lm.py $options --run "$runs/processes"
-      one_process train 1 examples/train_lm.py $options --run "$runs/one"
-      step 30 train python3 benchmarks/compare_runs.py "$runs/processes" "$runs/one" --json "$LOGS/train.jsonl"
+        --gpu-each examples/train_lm.py $options --run "$runs/processes" &&
+        one_process train 1 examples/train_lm.py $options --run "$runs/one" &&
+        step 30 train python3 benchmarks/compare_runs.py "$runs/processes" "$runs/one" --json "$LOGS/train.jsonl"
       rm -rf "$runs" ;;
     drop_in)
       one_process drop_in 1 examples/drop_in.py ${DROP_IN:---dtype bfloat16 --hidden 1024 --ffn 512 --layers 4
@@ -118,7 +118,7 @@ run() {
 }
 
 for name in ${@:-suite reduce killed link exchange latency baselines layer train drop_in microbatches decode overlap}; do run "$name"; done
-step 60 tables python3 benchmarks/plot_multi.py "$LOGS" --out "$LOGS/multi.png" --merge
+compgen -G "$LOGS/*.jsonl" >/dev/null && step 60 tables python3 benchmarks/plot_multi.py "$LOGS" --out "$LOGS/multi.png" --merge
 # Few files: all logs in one.
 (cd "$LOGS" && for log in *.log; do [ "$log" = multi.log ] || { echo "==== $log"; cat "$log"; rm "$log"; }; done >>multi.log)
 exit $failed
