@@ -1,5 +1,5 @@
-# The module _wideep_nvshmem: NVSHMEM's memory and the relay over it. Included when WIDEEP_NVSHMEM is on. The library
-# itself is not copied: it comes from the wheel nvidia-nvshmem-cu13, which Python loads before the module.
+# The module _wideep_nvshmem: NVSHMEM's memory and what goes over it between nodes. Included when WIDEEP_NVSHMEM is on.
+# The library itself is not copied: it comes from the wheel nvidia-nvshmem-cu13, which Python loads before the module.
 set(WIDEEP_NVSHMEM_HOME "" CACHE PATH
     "Folder with NVSHMEM's include and lib; default: that of the building Python's nvidia-nvshmem-cu13")
 if(NOT WIDEEP_NVSHMEM_HOME)

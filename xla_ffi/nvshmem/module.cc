@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "csrc/ep/two_hop_nvshmem.h"
 #include "csrc/transport/nvshmem.h"
 
 namespace nb = nanobind;
