@@ -1,4 +1,5 @@
 // Flags, atomics, fences and time.
+#include <algorithm>
 #include <cstring>
 
 #include "tests/simt/runtime.h"
@@ -20,29 +21,35 @@ FlagState& StateOf(Runtime& rt, const void* pointer) {
 }
 
 void AcquireFrom(const FlagState& state, Order order, Scope scope) {
-  if (!state.valid) return;
   Fiber& me = *Runtime::Current();
-  // A scope must reach both sides.
-  const bool same_rank = state.rank == me.block->kernel->rank;
-  if (!same_rank && (scope != Scope::kSys || state.scope != Scope::kSys)) return;
-  if (Acquires(order)) {
-    me.knowledge.Acquire(state.released);
-  } else {
-    if (!me.relaxed_loads.empty() && me.relaxed_loads.back().slot == state.released.slot) {
-      me.relaxed_loads.pop_back();
+  for (const FlagState::Released& release : state.releases) {
+    // A scope must reach both sides.
+    const bool same_rank = release.rank == me.block->kernel->rank;
+    if (!same_rank && (scope != Scope::kSys || release.scope != Scope::kSys)) continue;
+    if (Acquires(order)) {
+      me.knowledge.Acquire(release.snapshot);
+    } else {
+      if (!me.relaxed_loads.empty() && me.relaxed_loads.back().slot == release.snapshot.slot) {
+        me.relaxed_loads.pop_back();
+      }
+      me.relaxed_loads.push_back(release.snapshot);
+      if (me.relaxed_loads.size() > 64) me.relaxed_loads.erase(me.relaxed_loads.begin());
     }
-    me.relaxed_loads.push_back(state.released);
-    if (me.relaxed_loads.size() > 64) me.relaxed_loads.erase(me.relaxed_loads.begin());
   }
 }
 
 void ReleaseTo(FlagState& state, Order order, Scope scope) {
   Fiber& me = *Runtime::Current();
-  state.valid = Releases(order) || me.has_fence;
-  if (!state.valid) return;
-  state.released = Releases(order) ? me.knowledge.Release() : me.at_fence;
-  state.scope = scope;
-  state.rank = me.block->kernel->rank;
+  if (!Releases(order) && !me.has_fence) return;
+  const Snapshot mine = Releases(order) ? me.knowledge.Release() : me.at_fence;
+  // Releases of one party: the last one has all.
+  auto& releases = state.releases;
+  releases.erase(std::remove_if(releases.begin(), releases.end(),
+                                [&](const FlagState::Released& release) {
+                                  return release.snapshot.slot == mine.slot;
+                                }),
+                 releases.end());
+  releases.push_back({mine, scope, me.block->kernel->rank});
 }
 
 }  // namespace
@@ -69,7 +76,9 @@ void FlagStore(void* pointer, int bytes, uint64_t value, Order order, Scope scop
   rt.LogAccess(pointer, bytes, AccessLog::kWrite | AccessLog::kAtomic, rt.PlaceOf(site));
   if (Read(pointer, bytes) != value) rt.Progress();
   std::memcpy(pointer, &value, bytes);
-  ReleaseTo(StateOf(rt, pointer), order, scope);
+  FlagState& state = StateOf(rt, pointer);
+  state.releases.clear();
+  ReleaseTo(state, order, scope);
   rt.MaybeYield(2);
 }
 
@@ -118,8 +127,7 @@ uint64_t FlagUpdate(Rmw kind, void* pointer, int bytes, uint64_t value, uint64_t
   if (Read(pointer, bytes) != before) rt.Progress();
   FlagState& state = StateOf(rt, pointer);
   AcquireFrom(state, order, scope);
-  // An update that does not release goes on with the release before it.
-  if (Releases(order) || Runtime::Current()->has_fence) ReleaseTo(state, order, scope);
+  ReleaseTo(state, order, scope);
   rt.MaybeYield(4);
   return before;
 }

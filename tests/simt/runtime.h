@@ -176,12 +176,15 @@ struct Allocation {
   bool freed = false;
 };
 
-/// What the last release on a flag carries.
+/// What a flag carries to those who acquire it.
 struct FlagState {
-  Snapshot released;
-  Scope scope = Scope::kSys;
-  int rank = 0;
-  bool valid = false;
+  struct Released {
+    Snapshot snapshot;
+    Scope scope;
+    int rank;
+  };
+  /// A store ends what came before it; updates go on with it.
+  std::vector<Released> releases;
 };
 
 class Runtime {

@@ -138,6 +138,26 @@ TEST(RingIsRightInEveryOrder) {
   }
 }
 
+std::string RunCount(uint64_t seed, Fault fault) {
+  simt::Device device(1, Seed(seed));
+  CountParams p;
+  p.count = device.Array<uint64_t>(0, 1, "count");
+  p.words = device.Array<int32_t>(0, 2, "words");
+  p.sum = device.Array<int32_t>(0, 1, "sum");
+  *p.count = 0;
+  p.fault = fault;
+  CHECK(Launch(CountKernel<>, 1, 96, 0, device.stream(0), p, "count").ok());
+  std::string report = device.RunAll();
+  if (report.empty()) CHECK_EQ(*p.sum, 3);
+  return report;
+}
+
+/// Who acquires a count has what came before each addition, not only before the last one.
+TEST(AdditionsGoOnWithEarlierReleases) {
+  for (uint64_t seed = 1; seed <= 20; ++seed) CHECK_EQ(RunCount(seed, Fault::kNone), "");
+  CHECK_CONTAINS(RunCount(1, Fault::kRelaxedStore), "race");
+}
+
 TEST(RowsAreRightInEveryOrder) {
   for (uint64_t seed = 1; seed <= 60; ++seed) {
     const Context context(Labelled("seed", static_cast<int64_t>(seed)));

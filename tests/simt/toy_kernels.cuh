@@ -26,6 +26,31 @@ enum class Fault {
   kNeverRaised,   // a flag that nobody raises
 };
 
+// ---- two threads write a word each and add to a count; a third reads the words once it is full
+// ----
+
+struct CountParams {
+  uint64_t* count = nullptr;
+  int32_t* words = nullptr;  // [2]
+  int32_t* sum = nullptr;
+  Fault fault = Fault::kNone;
+};
+
+template <int kUnused = 0>
+__global__ void __launch_bounds__(96, 1) CountKernel(const __grid_constant__ CountParams p) {
+  const auto warp = static_cast<int32_t>(threadIdx.x / 32);
+  if (threadIdx.x % 32 != 0) return;
+  if (warp < 2) {
+    p.words[warp] = warp + 1;
+    if (p.fault != Fault::kRelaxedStore) ptx::fence_acq_rel_sys();
+    ptx::red_add_relaxed_sys_u64(p.count, 1);
+    return;
+  }
+  while (ptx::ld_acquire_sys_u64(p.count) != 2) {
+  }
+  *p.sum = p.words[0] + p.words[1];
+}
+
 // ---- a token goes round the ranks; each adds to the payload before it passes it on ----
 
 struct RingParams {

@@ -1,4 +1,6 @@
 // The plan over virtual nodes in the emulator, against the host's.
+#include <cstdlib>
+
 #include "tests/kernels/two_hop_plan_cases.h"
 #include "tests/simt/simt_machine.h"
 
@@ -80,6 +82,45 @@ TEST(Masked) {
       NodesPlanCase drops = c;
       drops.capacity = 14;
       plans.Run({c, drops});
+    }
+  }
+}
+
+/// Nodes, shapes, networks and masks by chance.
+TEST(RandomGroups) {
+  const char* first_seed = std::getenv("SIMT_SEED");
+  const char* count = std::getenv("SIMT_COUNT");
+  const uint64_t begin = first_seed ? std::strtoull(first_seed, nullptr, 10) : 900;
+  for (uint64_t seed = begin; seed < begin + (count ? std::atoi(count) : 4); ++seed) {
+    const Context context(Labelled("seed", static_cast<int64_t>(seed)));
+    Random random(seed);
+    std::vector<int> node_sizes;
+    int num_ranks = 0;
+    for (auto nodes = Uniform(random, 2, 3); nodes > 0; --nodes) {
+      node_sizes.push_back(static_cast<int>(Uniform(random, 1, 3)));
+      num_ranks += node_sizes.back();
+    }
+    GroupSettings group = Small(num_ranks);
+    group.num_experts = num_ranks * static_cast<int>(Uniform(random, 1, 12));
+    group.top_k = static_cast<int>(Uniform(random, 1, 9));
+    group.num_sms = static_cast<int>(Uniform(random, 1, 3));
+    group.max_row_bytes = 16 * Uniform(random, 1, 40);
+    Plans plans(group, node_sizes, seed);
+    if (seed % 2 == 0) plans.nodes().DeliverLate();
+    NodesPlanCase c;
+    // The last one has all ranks again.
+    for (const bool masks : {false, true, true, false}) {
+      if (masks) c.masked = static_cast<uint32_t>(Uniform(random, 0, (1 << num_ranks) - 2));
+      if (!masks) c.masked = 0;
+      std::vector<NodesPlanCase> cases;
+      for (int i = 0; i < 3; ++i) {
+        c.num_tokens = Uniform(random, 1, 60);
+        c.routing = kAllRoutings[Uniform(random, 0, 5)];
+        c.capacity = Uniform(random, 0, 1) * Uniform(random, 1, c.num_tokens * group.top_k);
+        c.masked_run = Uniform(random, 0, 1) != 0;
+        cases.push_back(c);
+      }
+      if (!plans.Run(cases)) return;
     }
   }
 }
