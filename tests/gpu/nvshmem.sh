@@ -23,8 +23,10 @@ BENCH_NODES=${BENCH_NODES:-2x4}
 BENCH_OPS=${BENCH_OPS:-"dispatch push;combine pull;dispatch grad pull;combine grad"}
 LL_CHECKS=${LL_CHECKS:-values kept masked loop bad_index}
 EXCHANGE_CHECKS=${EXCHANGE_CHECKS:-values one_token fp8 masked repeats transforms bad_index delayed}
+LIMIT_S=180  # of each job
 # NVSHMEM's heap beside JAX's pools.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.06}
+BENCH_MEM_FRACTION=0.08  # of it each rank's rows, half a gigabyte, several times
 export NVSHMEM_SYMMETRIC_SIZE=${NVSHMEM_SYMMETRIC_SIZE:-2G}
 
 if ! ls "$BUILD_DIR"/_wideep_nvshmem*.so >/dev/null 2>&1; then
@@ -38,10 +40,9 @@ start_mps
 launch() {  # name ranks group's settings, script and arguments..
   local name=$1 ranks=$2 group=$3
   shift 3
-  WIDEEP_GROUP=$group step 190 "$name" python3 tests/gpu/launch.py --timeout 180 --xla-flag=--xla_gpu_autotune_level=0 \
-    --xla-flag=--xla_gpu_graph_min_graph_size=1 "$ranks" "$@"
+  WIDEEP_GROUP=$group step $((LIMIT_S + 10)) "$name" python3 tests/gpu/launch.py --timeout $LIMIT_S \
+    --xla-flag=--xla_gpu_autotune_level=0 --xla-flag=--xla_gpu_graph_min_graph_size=1 "$ranks" "$@"
 }
-
 read_shape() {  # sets ranks and node_size
   case $1 in
     *x*) node_size=${1#*x} ranks=$((${1%x*} * node_size)) ;;
@@ -57,10 +58,11 @@ suites() {  # name ranks group's settings
 }
 
 bench() {  # name group's settings
-  local ops
+  local ops LIMIT_S=280
   IFS=';' read -r -a ops <<<"$BENCH_OPS"
   rm -f "$LOGS/$1.jsonl"
-  launch "$1" "$ranks" "$2" benchmarks/exchange_gpu.py --sms 16 --form chain --ops "${ops[@]}" --json "$LOGS/$1.jsonl"
+  XLA_PYTHON_CLIENT_MEM_FRACTION=$BENCH_MEM_FRACTION launch "$1" "$ranks" "$2" \
+    benchmarks/exchange_gpu.py --sms 16 --form chain --ops "${ops[@]}" --json "$LOGS/$1.jsonl"
 }
 
 for name in ${@:-one_node nodes}; do
