@@ -46,7 +46,8 @@ struct NetworkParams {
   Outbox* outbox;
 };
 
-inline void NetworkKernel(const NetworkParams p) {
+template <typename Params>
+__global__ void NetworkKernel(const __grid_constant__ Params p) {
   constexpr uint32_t kThreads = 4;
   if (threadIdx.x >= kThreads) return;
   Outbox& outbox = *p.outbox;
@@ -72,7 +73,8 @@ inline void NetworkKernel(const NetworkParams p) {
   }
 }
 
-inline void CloseNetworkKernel(const NetworkParams p) {
+template <typename Params>
+__global__ void CloseNetworkKernel(const __grid_constant__ Params p) {
   if (threadIdx.x == 0) ptx::st_release_sys_u32(&p.outbox->closing, 1);
 }
 

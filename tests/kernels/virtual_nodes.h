@@ -30,8 +30,18 @@ struct RingNet {
       __syncwarp();
       return;
     }
-    for (int64_t at = threadIdx.x % 32 * 16; at < num_bytes; at += 32 * 16) {
-      ptx::st_global_v4(memory[rank] + to + at, ptx::ld_global_no_allocate_v4(from + at));
+    // As NVSHMEM copies: a few at a time.
+    constexpr int kAtOnce = 4;
+    for (int64_t at = threadIdx.x % 32 * 16; at < num_bytes; at += kAtOnce * 512) {
+      int4 bits[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (at + i * 512 < num_bytes) bits[i] = ptx::ld_global_no_allocate_v4(from + at + i * 512);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (at + i * 512 < num_bytes) ptx::st_global_v4(memory[rank] + to + at + i * 512, bits[i]);
+      }
     }
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
@@ -54,12 +64,14 @@ struct RingNet {
 template <typename Machine>
 class VirtualNodes {
  public:
-  VirtualNodes(VirtualRanks<Machine>& ranks, const std::vector<int>& node_sizes) : ranks_(ranks) {
+  /// By default rings are short, and go round with few tokens.
+  VirtualNodes(VirtualRanks<Machine>& ranks, const std::vector<int>& node_sizes,
+               int tokens_under_way = 20)
+      : ranks_(ranks) {
     const GroupSettings& group = ranks.settings();
     shape_.arena = {group.num_ranks,     group.num_experts, group.top_k,
                     group.max_row_bytes, group.num_sms,     group.chunk};
-    // Short rings, which go round with few tokens.
-    shape_.tokens_under_way = 20;
+    shape_.tokens_under_way = tokens_under_way;
     for (size_t node = 0; node < node_sizes.size(); ++node) {
       for (int i = 0; i < node_sizes[node]; ++i) {
         shape_.node_of_rank.push_back(static_cast<int>(node));
@@ -108,15 +120,17 @@ class VirtualNodes {
   void BeginOps() {
     for (size_t rank = 0; rank < outboxes_.size(); ++rank) {
       ranks_.machine().Fill(outboxes_[rank], 0, sizeof(Outbox));
-      CHECK(Launch(NetworkKernel, 1, 32, 0, ranks_.machine().NetworkStream(static_cast<int>(rank)),
+      CHECK(Launch(NetworkKernel<NetworkParams>, 1, 32, 0,
+                   ranks_.machine().NetworkStream(static_cast<int>(rank)),
                    NetworkParams{outboxes_[rank]}, "network")
                 .ok());
     }
   }
   void EndOps() {
     for (size_t rank = 0; rank < outboxes_.size(); ++rank) {
-      CHECK(Launch(CloseNetworkKernel, 1, 32, 0, ranks_.stream(static_cast<int>(rank)),
-                   NetworkParams{outboxes_[rank]}, "end of the network")
+      CHECK(Launch(CloseNetworkKernel<NetworkParams>, 1, 32, 0,
+                   ranks_.stream(static_cast<int>(rank)), NetworkParams{outboxes_[rank]},
+                   "end of the network")
                 .ok());
     }
   }

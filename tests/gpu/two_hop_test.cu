@@ -1,0 +1,87 @@
+// The kernels of the exchange between nodes with virtual ranks on virtual nodes of one GPU, against
+// the host's. The network copies.
+#include <vector>
+
+#include "tests/gpu/cuda_machine.h"
+#include "tests/kernels/two_hop_cases.h"
+
+namespace wideep {
+namespace testing {
+namespace {
+
+using Group = TwoHopGroup<CudaMachine>;
+
+GroupSettings Ranks(int num_ranks) {
+  GroupSettings group;
+  group.num_ranks = num_ranks;
+  group.num_experts = 8 * num_ranks;
+  group.top_k = 8;
+  group.num_sms = 128 / num_ranks > 16 ? 16 : 128 / num_ranks;
+  group.max_row_bytes = 8192;
+  group.pool_bytes = 512 << 20;
+  return group;
+}
+
+const std::vector<int> kNodes[] = {{4, 4}, {2, 2, 2, 2}, {1, 1, 1}, {2, 1}, {5, 3}, {4}};
+
+int NumRanks(const std::vector<int>& node_sizes) {
+  int num_ranks = 0;
+  for (const int size : node_sizes) num_ranks += size;
+  return num_ranks;
+}
+
+TEST(EveryOp) {
+  uint64_t seed = 0;
+  for (const std::vector<int>& sizes : kNodes) {
+    Group group(Ranks(NumRanks(sizes)), sizes, ++seed);
+    for (const DType dtype : kFloatDTypes) {
+      for (const int64_t capacity : {0, 700}) {
+        ExchangeCase c;
+        c.dtype = dtype;
+        c.num_tokens = 300;
+        c.hidden = 2048;
+        c.capacity = capacity;
+        c.delay_us = 100;
+        if (!group.RunAndCount(c)) return;
+      }
+    }
+  }
+}
+
+TEST(EveryRouting) {
+  Group group(Ranks(8), {4, 4}, 11);
+  for (const Routing routing : kAllRoutings) {
+    ExchangeCase c;
+    c.routing = routing;
+    c.num_tokens = 256;
+    c.hidden = 1024;
+    if (!group.Run(c)) return;
+  }
+}
+
+TEST(ManyTimesWithDelays) {
+  Group group(Ranks(8), {4, 4}, 12);
+  for (int repeat = 0; repeat < 50; ++repeat) {
+    ExchangeCase c;
+    c.num_tokens = repeat % 5 == 0 ? 1 : 40 + repeat;
+    c.hidden = 512;
+    c.delay_us = 300;
+    if (!group.Run(c)) return;
+  }
+}
+
+TEST(Masks) {
+  Group group(Ranks(8), {4, 4}, 13);
+  ExchangeCase c;
+  c.num_tokens = 100;
+  c.hidden = 512;
+  for (const uint32_t masked : {0x02u, 0xf0u, 0x7eu, 0x00u}) {
+    c.masked = masked;
+    c.masked_run = masked != 0x02u;
+    if (!group.Run(c)) return;
+  }
+}
+
+}  // namespace
+}  // namespace testing
+}  // namespace wideep
