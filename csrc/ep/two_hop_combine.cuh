@@ -1,11 +1,11 @@
 // TwoHopCombineKernel: combine, and dispatch's backward pass, over nodes (two_hop_protocol.h).
 //
 //   reducer  a warp for each channel of each rank on another node that this rank stands for: sums
-//            the rows of a token that lie on this node, wherever, in order of (rank, k), rounds the
+//            the rows of a token that lie on this node, in order of (rank, k), rounds the
 //            sum to the rows' type, and sends it home. Its order of tokens is that of the hosts'
 //            arrivals (node_arrivals.cuh), which is the home's.
 //   home     a warp for each channel of this rank's tokens: adds what comes from other nodes, and
-//            the rows on its own node where they lie, in order of node, then (rank, k).
+//            the rows on its own node one by one, in order of node, then (rank, k).
 //
 // All sums are in float32. On its way a row is rounded once if it crosses, and once more at home.
 // Published within a node: y, row_scalars and the plan's arrays by host (HostArrays).
