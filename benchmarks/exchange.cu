@@ -2,13 +2,14 @@
 //
 //   exchange_benchmark [--ranks=8 --tokens=4096 --hidden=7168 --top-k=8 --experts=256 --sms=16
 //                       --routing=uniform|zipf|hot --iterations=20 --ops=PART,.. --variants --sweep
-//                       --json=FILE --date=DATE]
+//                       --node-size=0 --under-way=170 --json=FILE --date=DATE]
 //
 // --sms: of each rank; by default 16, or all of the GPU for a single rank. --routing: experts drawn
 // uniformly, by zipf(1.2) in a shuffled order, or with expert 0 as every token's first. --ops:
 // those whose name has one of the parts. --variants: also tunings that are not the default.
 // --sweep: one of tokens, hidden, top-k, ranks, SMs and routing at a time, around the point that
-// the other options give.
+// the other options give. --node-size: also the ops between virtual nodes of so many ranks, over a
+// network that copies, with rings of --under-way tokens a rank; 0: none.
 //
 // Time: whole op, all ranks, from the first start to the last end, over `iterations` ops in a row;
 // the median of 5 such graphs (in a sweep, above 1.5 ms, 3 of half as many). Floor: the least bytes
@@ -20,6 +21,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -29,6 +31,8 @@
 #include "csrc/ep/dispatch.h"
 #include "csrc/ep/plan.h"
 #include "csrc/ep/quantize.h"
+#include "csrc/ep/two_hop_launch.cuh"
+#include "tests/kernels/ring_net.h"
 #include "tests/kernels/virtual_ranks.h"
 
 namespace wideep {
@@ -42,6 +46,7 @@ using Ranks = testing::VirtualRanks<SlabMachine>;
 struct Options {
   int ranks = 8, top_k = 8, experts = 256, iterations = 20;
   int sms = 0;  // 0: the default
+  int node_size = 0, under_way = 170;
   int64_t tokens = 4096, hidden = 7168;
   std::string routing = "uniform";
   std::vector<std::string> ops;
@@ -73,6 +78,10 @@ Options Parse(int argc, char** argv) {
       o.experts = std::stoi(value);
     } else if (name == "--sms") {
       o.sms = std::stoi(value);
+    } else if (name == "--node-size") {
+      o.node_size = std::stoi(value);
+    } else if (name == "--under-way") {
+      o.under_way = std::stoi(value);
     } else if (name == "--routing") {
       o.routing = value;
     } else if (name == "--iterations") {
@@ -140,6 +149,7 @@ struct Traffic {
   int64_t pairs = 0;       // (token, rank that has rows of it)
   int64_t pairs_away = 0;  // of them, those of another rank
   int64_t most_rows = 0;   // that a rank receives
+  int64_t crossings = 0;   // (token, other node that has rows of it)
 };
 
 struct Routing {
@@ -166,6 +176,10 @@ struct Routing {
           traffic.pairs += first;
           traffic.pairs_away += first && dst != src;
         }
+        for (int node = 0; o.node_size > 0 && node * o.node_size < o.ranks; ++node) {
+          const uint32_t hosts = seen >> node * o.node_size & ((1u << o.node_size) - 1);
+          traffic.crossings += node != src / o.node_size && hosts != 0;
+        }
       }
     }
     traffic.most_rows = *std::max_element(received.begin(), received.end());
@@ -179,7 +193,21 @@ struct RankOps {
   DispatchParams dispatch_fp8;
   CombineParams combine;
   CombineGradParams combine_grad;
+  std::shared_ptr<TwoHop> two_hop;  // null: no nodes
 };
+
+two_hop::GroupShape ShapeOf(const Options& o) {
+  two_hop::GroupShape shape;
+  shape.arena = {o.ranks, o.experts, o.top_k, 2 * o.hidden, o.sms};
+  for (int rank = 0; rank < o.ranks; ++rank) shape.node_of_rank.push_back(rank / o.node_size);
+  shape.tokens_under_way = o.under_way;
+  return shape;
+}
+int64_t RingBytes(const Options& o) {
+  int64_t num_bytes = 0;
+  if (o.node_size > 0) benchmarks::Require(two_hop::MemoryBytes(ShapeOf(o), num_bytes));
+  return num_bytes;
+}
 
 /// The ranks of one case, with all buffers of all ops.
 class Bench {
@@ -187,6 +215,7 @@ class Bench {
   Bench(const Options& o, const Routing& routing)
       : o_(o), capacity_(routing.traffic.most_rows), ranks_(Settings(o, capacity_)) {
     for (int r = 0; r < o.ranks; ++r) ops_.push_back(SetUpRank(r, routing.topk_idx[r]));
+    if (o.node_size > 0) SetUpNodes();
     RequireCuda(cudaDeviceSynchronize(), "set-up");
   }
 
@@ -211,8 +240,22 @@ class Bench {
                        64 * (o.tokens * o.top_k + capacity + o.experts) + (1 << 20);
     const ArenaLayout layout(ArenaConfig{o.ranks, o.experts, o.top_k, group.max_row_bytes,
                                          group.num_sms, group.chunk, group.once_per_rank});
-    SlabMachine::Reserve(o.ranks * (group.pool_bytes + layout.num_bytes + (1 << 20)));
+    SlabMachine::Reserve(o.ranks *
+                         (group.pool_bytes + layout.num_bytes + RingBytes(o) + (1 << 20)));
     return group;
+  }
+
+  void SetUpNodes() {
+    const int64_t num_bytes = RingBytes(o_);
+    testing::RingNet net{};
+    for (int r = 0; r < o_.ranks; ++r) {
+      net.memory[r] = static_cast<char*>(ranks_.machine().Allocate(r, num_bytes));
+      net.arenas[r] = ranks_.context(r).arena;
+    }
+    for (int r = 0; r < o_.ranks; ++r) {
+      const TwoHopSettings settings{ShapeOf(o_), r, net.memory[r], num_bytes};
+      benchmarks::Require(MakeTwoHop(settings, net, ops_[r].two_hop));
+    }
   }
 
   template <typename T>
@@ -385,6 +428,31 @@ std::vector<Op> Ops(const Options& o, const Traffic& t) {
       {"combine reduce, 16 chunks", variant, floor, rows * row, once,
        Combine(CombineForm::kReduce, false, 16)},
   };
+  if (o.node_size > 0) {
+    const double across = t.crossings * row;
+    const auto sum = [](bool gradient) -> LaunchOp {
+      return [=](RankOps& ops, cudaStream_t stream) {
+        CombineParams p = ops.combine;
+        if (gradient) p.dweights = const_cast<float*>(ops.dispatch.weights);
+        return ops.two_hop->Combine(p, stream);
+      };
+    };
+    const std::vector<Op> more{
+        {"nodes: plan", everywhere, 0, 0, 0,
+         [](RankOps& ops, cudaStream_t stream) { return ops.two_hop->Plan(ops.plan, stream); }},
+        {"nodes: dispatch", everywhere, floor, rows * row, across,
+         [](RankOps& ops, cudaStream_t stream) {
+           return ops.two_hop->Dispatch(ops.dispatch, stream);
+         }},
+        {"nodes: combine", everywhere, floor, rows * row, across, sum(false)},
+        {"nodes: dispatch grad", everywhere, floor, rows * row, across, sum(true)},
+        {"nodes: combine grad", everywhere, grad_floor, rows * row, across,
+         [](RankOps& ops, cudaStream_t stream) {
+           return ops.two_hop->CombineGrad(ops.combine_grad, stream);
+         }},
+    };
+    ops.insert(ops.end(), more.begin(), more.end());
+  }
   if (o.hidden % kQuantBlock == 0) {
     const double fp8_floor = (tokens + rows) * fp8;
     const double both_floor = tokens * row + rows * fp8;
@@ -456,11 +524,11 @@ void Run(const Options& o, const Report& report, bool all_ops) {
                  "\"op\": \"%s\", \"ranks\": %d, \"sms\": %d, \"tokens\": %lld, \"hidden\": %lld, "
                  "\"top_k\": %d, \"experts\": %d, \"routing\": \"%s\", \"us\": %.2f, "
                  "\"floor_us\": %.2f, \"copy_gb_s\": %.0f, \"logical_gb_s\": %.1f, "
-                 "\"wire_gb_s\": %.1f, \"most_rows\": %lld}\n",
+                 "\"wire_gb_s\": %.1f, \"most_rows\": %lld, \"node_size\": %d}\n",
                  report.device.c_str(), o.date.c_str(), op.name.c_str(), o.ranks, o.sms,
                  static_cast<long long>(o.tokens), static_cast<long long>(o.hidden), o.top_k,
                  o.experts, o.routing.c_str(), us, floor_us, report.copy_gb_s, logical_gb_s,
-                 wire_gb_s, static_cast<long long>(t.most_rows));
+                 wire_gb_s, static_cast<long long>(t.most_rows), o.node_size);
     std::fflush(report.json);
   }
 }

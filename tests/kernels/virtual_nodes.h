@@ -1,64 +1,17 @@
 // Virtual ranks on virtual nodes: what the kernels of the exchange between nodes need beside
-// virtual_ranks.h, and a network that copies, at once or, in the emulator, late.
+// virtual_ranks.h.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "csrc/core/ptx.h"
 #include "csrc/ep/two_hop_rank.cuh"
 #include "tests/cpp/check.h"
-#include "tests/kernels/late_network.h"
+#include "tests/kernels/ring_net.h"
 #include "tests/kernels/virtual_ranks.h"
 
 namespace wideep {
 namespace testing {
-
-/// Puts are stores of the calling lanes, each word a release by lane 0; or, with an outbox,
-/// messages.
-struct RingNet {
-  char* memory[kMaxRanks];
-  char* arenas[kMaxRanks];
-  Outbox* outbox;  // of the rank that sends
-
-  __device__ void PutWarp(int rank, int64_t to, const char* from, int64_t num_bytes, int64_t signal,
-                          uint64_t v) const {
-    if (outbox != nullptr) {
-      if (threadIdx.x % 32 == 0) {
-        outbox->Post({0, from, memory[rank] + to, num_bytes, Word(rank, signal), v});
-      }
-      __syncwarp();
-      return;
-    }
-    // As NVSHMEM copies: a few at a time.
-    constexpr int kAtOnce = 4;
-    for (int64_t at = threadIdx.x % 32 * 16; at < num_bytes; at += kAtOnce * 512) {
-      int4 bits[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (at + i * 512 < num_bytes) bits[i] = ptx::ld_global_no_allocate_v4(from + at + i * 512);
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (at + i * 512 < num_bytes) ptx::st_global_v4(memory[rank] + to + at + i * 512, bits[i]);
-      }
-    }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-      ptx::st_release_sys_u64(Word(rank, signal), v);
-    }
-  }
-  __device__ void Add(int rank, int64_t word, uint64_t v) const {
-    if (outbox != nullptr) return outbox->Post({1, nullptr, nullptr, 0, Word(rank, word), v});
-    ptx::red_add_relaxed_sys_u64(Word(rank, word), v);
-  }
-  __device__ void PutControl(int rank, int64_t offset, uint32_t v) const {
-    ptx::st_relaxed_sys_u32(reinterpret_cast<uint32_t*>(arenas[rank] + offset), v);
-  }
-  __device__ uint64_t* Word(int rank, int64_t offset) const {
-    return reinterpret_cast<uint64_t*>(memory[rank] + offset);
-  }
-};
 
 /// Nodes of the given sizes over `ranks`. Other nodes' arenas have no address.
 template <typename Machine>
