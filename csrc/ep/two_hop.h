@@ -16,7 +16,7 @@ namespace wideep {
 /// What a rank has sent between nodes since its group was made (or its mask changed), each way.
 struct CrossedNodes {
   uint64_t tokens_out = 0;   // by dispatch and combine's gradient
-  uint64_t bytes_out = 0;    // slots with their headers
+  uint64_t bytes_out = 0;    // all puts: slots with their headers, ends of channels, plans' entries
   uint64_t tokens_back = 0;  // by combine and dispatch's gradient
   uint64_t bytes_back = 0;
 };
@@ -32,7 +32,8 @@ class TwoHop {
   virtual Status CombineGrad(const CombineGradParams& params, cudaStream_t stream) = 0;
   /// Waits for the device.
   virtual Status Crossed(CrossedNodes& crossed) = 0;
-  /// Begins again without the ranks whose bit is set; no kernel of any rank may run.
+  /// Begins again without the ranks whose bit is set. No kernel of any rank may run, and nothing
+  /// that one has sent be under way.
   virtual Status Reset(uint32_t masked) = 0;
 };
 

@@ -79,6 +79,8 @@ class TwoHopOverNet : public TwoHop {
   two_hop::Params<Op, Net> ParamsOf(const Op& op) const {
     two_hop::Params<Op, Net> params{op, context_, net_};
     params.op.peers.node_ranks = context_.node_ranks;
+    // For so many blocks the rings' ends were counted.
+    params.op.peers.num_sms = settings_.shape.arena.num_sms;
     return params;
   }
   static Status Runtime(const char* what, cudaError_t error) {
