@@ -55,7 +55,7 @@ def environment(**more):
 
 
 def launch(processes, devices_each, program, *arguments):
-    counts = ["--processes", processes, "--devices-per-process", devices_each, "--grace", 1]
+    counts = ["--processes", processes, "--devices-per-process", devices_each]
     return subprocess.run(
         [sys.executable, "-m", "jax_wideep.launch", *map(str, (*counts, program, *arguments))],
         env=environment(),
@@ -106,7 +106,8 @@ def check_killed_run(run, options, want):
     assert before == want[: len(before)]
 
 
-# One test, since each run is compared with the same one, and takes long.
+# One test, since each run is compared with the same one, and takes long: six jobs.
+@pytest.mark.timeout(4 * TIMEOUT_S)
 def test_layouts_and_restarts_have_the_same_losses(options, tmp_path):
     output = train(2, 4, *options, "--run", tmp_path / "two")
     assert "[0] 8 cpu devices" in output and "2 processes" in output
