@@ -1,6 +1,6 @@
 """NVSHMEM under the backend "cuda": where it is found, how it starts, and which ranks it gives addresses of.
 
-Loaded only for groups with transport="nvshmem". It starts once in a process, for all such groups.
+Loaded only for groups that span hosts or ask for it. It starts once in a process, for all such groups.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def connect(settings: PeerSettings) -> PeerTransport:
         if device.process_index == jax.process_index()
     ]
     hello = meeting.all_gather("hello", _introduce(module, settings, places))
-    nvshmem = settings.transport == "nvshmem"
+    nvshmem = goes_over_nvshmem(settings.transport, [record["host"] for record in hello.values()])
     _bootstrap.agree(hello, one_host=not nvshmem)
     assert module is not None  # otherwise an obstacle, above
     gpus = [gpu for record in hello.values() for gpu in record["gpus"]]
@@ -183,6 +183,11 @@ def connect(settings: PeerSettings) -> PeerTransport:
 def _meet(settings: PeerSettings, processes: set[int]) -> _bootstrap.Bootstrap:
     timeout_s = _bootstrap.timeout_s(settings.deadline_s, _SHORTEST_WAIT_S)
     return _bootstrap.Bootstrap(sorted(processes), jax.process_index(), _ffi.coordination_client(), timeout_s)
+
+
+def goes_over_nvshmem(asked: Transport, hosts: Sequence[str]) -> bool:
+    """Whether NVSHMEM has the memory: where it is asked for, and by default where processes are on several hosts."""
+    return asked == "nvshmem" or (asked == "auto" and len(set(hosts)) > 1)
 
 
 def choose_num_sms(asked: int | None, num_ranks: int, gpus: Sequence[dict[str, Any]]) -> int:

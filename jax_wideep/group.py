@@ -64,11 +64,11 @@ class ExpertGroup:
         memory, which reaches other hosts too (one process for each GPU; `pip install nvidia-nvshmem-cu13`, and a build
         with it). Over several nodes a token crosses once to each node that hosts experts of it, in the one way there
         is: zero_copy has to be "auto", and the forms do not count; combine sums by node, then rank, then k, with one
-        rounding for each row that crosses. "auto" is peer.
+        rounding for each row that crosses. "auto" is nvshmem where the mesh spans hosts, and otherwise peer.
       node_size: with NVSHMEM: ranks of a node, consecutive ones, which use each other's memory directly; between
         nodes rows go by NVSHMEM's puts. None: the ranks of a host. Fewer than those make virtual nodes of a host.
 
-    The backend "cuda" needs GPUs of compute capability 9.0, on one host unless it goes over NVSHMEM, at most 16 ranks,
+    The backend "cuda" needs GPUs of compute capability 9.0, NVSHMEM on several hosts, at most 16 ranks,
     and peers that reach each other's memory. It maps the allocation that JAX's buffers come from, so leave JAX's memory
     preallocated (XLA_PYTHON_CLIENT_PREALLOCATE): buffers elsewhere travel through the rings, and over several nodes
     make the exchange fail.

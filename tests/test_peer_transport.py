@@ -198,6 +198,19 @@ def test_what_stands_in_the_way_is_known_everywhere(connect_all):
             assert words in str(error)
 
 
+@pytest.mark.parametrize(
+    ("asked", "hosts", "expected"),
+    [
+        ("auto", ["a", "a"], False),
+        ("auto", ["a", "a", "b"], True),
+        ("peer", ["a", "b"], False),
+        ("nvshmem", ["a", "a"], True),
+    ],
+)
+def test_nvshmem_is_for_several_hosts(asked, hosts, expected):
+    assert _peer_transport.goes_over_nvshmem(asked, hosts) is expected
+
+
 def test_blocks_of_ranks_that_share_a_gpu_fit():
     gpu = {"uuid": "a", "num_sms": 132}
     other = {"uuid": "b", "num_sms": 132}
