@@ -36,6 +36,8 @@ _KUBERNETES = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LAST_LINES = 20
+# Of what JAX's client says before it aborts its process: process 0, which runs the coordination service, has ended.
+_SERVICE_GONE = "JAX distributed service detected fatal errors"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -240,10 +242,10 @@ class Job:
                 else:
                     self._selector.unregister(key.fileobj)
                     os.close(key.fd)
-            # Several may end at once, one by a signal and its peers by the error that this gave them.
-            ended = sorted((p for p in running if p.has_ended()), key=lambda p: (p.status or 0) >= 0)
+            ended = [process for process in running if process.has_ended()]
             for process in ended:
                 self._read(process)
+            for process in sorted(ended, key=_causes_first):
                 if process.status != 0:
                     self._on_failure(process)
             while forwarded < len(self._signals):
@@ -340,6 +342,14 @@ def _exit_status(process: _Process) -> int:
     """As a shell gives it."""
     assert process.status is not None
     return process.status if process.status >= 0 else 128 - process.status
+
+
+def _causes_first(process: _Process) -> int:
+    """The order of processes that have ended at once: a signal gives the others errors, process 0's end aborts them."""
+    assert process.status is not None
+    if any(_SERVICE_GONE in line for line in process.last_lines):
+        return 2
+    return 0 if process.status < 0 else 1
 
 
 def _describe(process: _Process, count: int) -> str:

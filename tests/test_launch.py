@@ -96,23 +96,25 @@ def test_every_line_has_its_process_in_front_and_the_job_is_described(program):
     assert len(addresses) == 1
 
 
-def test_first_failure_ends_the_others_and_is_reported_last(program):
+def test_first_failure_ends_the_others_and_is_reported_last(program, tmp_path):
     file = program("""
         print("pid", os.getpid(), flush=True)
         if number == 1:
-            time.sleep(0.3)
+            while len(os.listdir(sys.argv[1])) < 2:
+                time.sleep(0.01)
             for i in range(30):
                 print("line", i)
             print("this is why")
             sys.exit(7)
-        time.sleep(0.1)
         def end(*_):
             print("told to end")
             sys.exit(3)
         signal.signal(signal.SIGTERM, end)
+        open(os.path.join(sys.argv[1], str(number)), "x").close()
         time.sleep(1000)
     """)
-    done = run("--processes", 3, file)
+    (tmp_path / "ready").mkdir()
+    done = run("--processes", 3, file, tmp_path / "ready")
     assert done.returncode == 7
     assert done.stdout.count("told to end") == 2
     first, rest = done.stderr.split("\n", 1)
@@ -124,18 +126,39 @@ def test_first_failure_ends_the_others_and_is_reported_last(program):
     assert_gone(map(int, re.findall(r"pid (\d+)", done.stdout)))
 
 
-def test_what_does_not_end_by_itself_is_killed_with_its_children(program):
+def test_causes_come_first():
+    """Of processes that have ended when the launcher looks: a kill, an error, and aborts for process 0's sake."""
+
+    def ended(number, status, line):
+        process = launch._Process(number, None, "", status=status)
+        process.last_lines.append(line)
+        return process
+
+    service_gone = (
+        "F1125 client.h:80] Terminating process because the JAX distributed service detected fatal errors."
+    )
+    aborted = ended(1, -signal.SIGABRT, service_gone)
+    error = ended(0, 1, "ValueError: the reason")
+    killed = ended(2, -signal.SIGKILL, "step 3")
+    assert sorted([aborted, error], key=launch._causes_first)[0] is error
+    assert sorted([error, killed, aborted], key=launch._causes_first) == [killed, error, aborted]
+
+
+def test_what_does_not_end_by_itself_is_killed_with_its_children(program, tmp_path):
     file = program("""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
         print("pid", os.getpid(), child.pid, flush=True)
+        open(os.path.join(sys.argv[1], str(number)), "x").close()
         if number == 0:
-            time.sleep(0.5)
+            while len(os.listdir(sys.argv[1])) < 2:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(1000)
     """)
+    (tmp_path / "ready").mkdir()
     began = time.monotonic()
-    done = run("--processes", 2, "--grace", 0.5, file)
+    done = run("--processes", 2, "--grace", 0.5, file, tmp_path / "ready")
     assert done.returncode == 128 + signal.SIGKILL
     assert "first failure: process 0 of 2 was ended by SIGKILL" in done.stderr
     pids = [int(pid) for line in re.findall(r"pid (\d+) (\d+)", done.stdout) for pid in line]
