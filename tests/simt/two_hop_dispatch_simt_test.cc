@@ -1,4 +1,6 @@
 // Dispatch and combine's gradient over virtual nodes in the emulator, against the host's.
+#include <cstdlib>
+
 #include "tests/kernels/two_hop_dispatch_cases.h"
 #include "tests/simt/simt_machine.h"
 
@@ -67,10 +69,13 @@ TEST(LateNetwork) {
 
 /// One hot expert, capacities that drop, ranks without tokens, rows in several pieces.
 TEST(RandomShapes) {
-  for (uint64_t seed = 1; seed <= 8; ++seed) {
+  const char* first_seed = std::getenv("SIMT_SEED");
+  const char* count = std::getenv("SIMT_COUNT");
+  const uint64_t first = first_seed ? std::atoi(first_seed) : 1;
+  for (uint64_t seed = first; seed < first + (count ? std::atoi(count) : 8); ++seed) {
     const Context context(Labelled("seed", static_cast<int64_t>(seed)));
     Random random(seed);
-    const std::vector<int>& sizes = kNodes[seed % 5];
+    const std::vector<int>& sizes = kNodes[Uniform(random, 0, 4)];
     GroupSettings group = Small(NumRanks(sizes), seed % 3 == 0 ? 2 : 1);
     group.top_k = static_cast<int>(Uniform(random, 1, 5));
     group.max_row_bytes = 16 * Uniform(random, 8, 64);
