@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,6 +21,14 @@
 namespace wideep {
 namespace testing {
 
+/// A group over nodes.
+struct OverNodes {
+  std::vector<std::shared_ptr<TwoHop>> ranks;
+  /// Around what is launched until the machine is synchronized.
+  std::function<void()> begin = [] {};
+  std::function<void()> end = [] {};
+};
+
 struct ExchangeCase {
   int64_t num_tokens = 8;
   int64_t hidden = 64;
@@ -34,8 +43,7 @@ struct ExchangeCase {
   uint32_t masked = 0;             // bit r: rank r is masked
   bool masked_after_plan = false;  // the plan is older than the mask
   bool masked_run = true;          // masked ranks launch the ops too
-  /// [rank] a group over nodes, whose forms do not count; null: one node.
-  const std::vector<std::shared_ptr<TwoHop>>* over_nodes = nullptr;
+  const OverNodes* over_nodes = nullptr;  // forms do not count; null: one node
 
   bool IsMasked(int rank) const { return (masked >> rank & 1) != 0; }
   bool Runs(int rank) const { return masked_run || !IsMasked(rank); }
@@ -207,7 +215,7 @@ template <typename Machine>
 void MaskRanks(VirtualRanks<Machine>& ranks, const ExchangeCase& c, uint32_t masked) {
   ranks.Mask(masked);
   if (c.over_nodes == nullptr) return;
-  for (const auto& rank : *c.over_nodes) {
+  for (const auto& rank : c.over_nodes->ranks) {
     if (const Status status = rank->Reset(masked); !status.ok()) {
       check::Fail(__FILE__, __LINE__, status.message());
     }
@@ -305,31 +313,37 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
   }
   const bool poison = c.masked != 0 && !c.masked_run;
   if (poison && !c.masked_after_plan) ranks.PoisonMaskedArenas();
-  const auto* const nodes = c.over_nodes;
+  const OverNodes* const nodes = c.over_nodes;
+  const auto synchronize = [&] {
+    if (nodes != nullptr) nodes->end();
+    return ranks.machine().Synchronize();
+  };
+  if (nodes != nullptr) nodes->begin();
   each_rank([&](int r) {
-    return nodes != nullptr ? (*nodes)[r]->Plan(device[r].plan, ranks.stream(r))
+    return nodes != nullptr ? nodes->ranks[r]->Plan(device[r].plan, ranks.stream(r))
                             : LaunchPlan(device[r].plan, ranks.stream(r));
   });
   if (c.masked_after_plan) {
-    if (!ranks.machine().Synchronize()) return false;
+    if (!synchronize()) return false;
     MaskRanks(ranks, c, c.masked);
     if (poison) ranks.PoisonMaskedArenas();
+    if (nodes != nullptr) nodes->begin();
   }
   each_rank([&](int r) {
-    return nodes != nullptr ? (*nodes)[r]->Dispatch(device[r].dispatch, ranks.stream(r))
+    return nodes != nullptr ? nodes->ranks[r]->Dispatch(device[r].dispatch, ranks.stream(r))
                             : LaunchDispatch(device[r].dispatch, ranks.stream(r));
   });
   for (CombineParams Device::* sum : {&Device::combine, &Device::dispatch_grad}) {
     each_rank([&](int r) {
-      return nodes != nullptr ? (*nodes)[r]->Combine(device[r].*sum, ranks.stream(r))
+      return nodes != nullptr ? nodes->ranks[r]->Combine(device[r].*sum, ranks.stream(r))
                               : LaunchCombine(device[r].*sum, ranks.stream(r));
     });
   }
   each_rank([&](int r) {
-    return nodes != nullptr ? (*nodes)[r]->CombineGrad(device[r].combine_grad, ranks.stream(r))
+    return nodes != nullptr ? nodes->ranks[r]->CombineGrad(device[r].combine_grad, ranks.stream(r))
                             : LaunchCombineGrad(device[r].combine_grad, ranks.stream(r));
   });
-  if (!ranks.machine().Synchronize()) {
+  if (!synchronize()) {
     check::Fail(__FILE__, __LINE__, "the machine failed");
     return false;
   }

@@ -33,10 +33,16 @@ class TwoHopGroup {
       : random_(seed),
         ranks_(settings, seed),
         nodes_(ranks_, node_sizes),
-        two_hops_(MakeTwoHops(nodes_)) {}
+        over_nodes_{MakeTwoHops(nodes_)} {}
+
+  /// From now on messages between nodes arrive late and in any order.
+  void DeliverLate() {
+    nodes_.DeliverLate();
+    over_nodes_ = {MakeTwoHops(nodes_), [this] { nodes_.BeginOps(); }, [this] { nodes_.EndOps(); }};
+  }
 
   bool Run(ExchangeCase c) {
-    c.over_nodes = &two_hops_;
+    c.over_nodes = &over_nodes_;
     return RunExchangeCase(ranks_, c, random_);
   }
   /// The same, and what crossed: each (token, node) once a way and op.
@@ -69,7 +75,7 @@ class TwoHopGroup {
  private:
   CrossedNodes Crossed() {
     CrossedNodes sum;
-    for (const auto& two_hop : two_hops_) {
+    for (const auto& two_hop : over_nodes_.ranks) {
       CrossedNodes of_rank;
       CHECK(two_hop->Crossed(of_rank).ok());
       sum.tokens_out += of_rank.tokens_out;
@@ -81,7 +87,7 @@ class TwoHopGroup {
   Random random_;
   VirtualRanks<Machine> ranks_;
   VirtualNodes<Machine> nodes_;
-  std::vector<std::shared_ptr<TwoHop>> two_hops_;
+  OverNodes over_nodes_;
 };
 
 }  // namespace testing
