@@ -41,7 +41,7 @@ def draw(seed: int, dtype: Any) -> dict[str, np.ndarray]:
 def run(mesh: Mesh) -> dict[str, Any]:
     """Every result by name, and what the test needs to know of the set-up."""
     results: dict[str, Any] = {}
-    settings = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden": HIDDEN, "chunk": TOKENS, "deadline_s": 60}
+    settings = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden": HIDDEN, "chunk": TOKENS, "deadline_s": 120}
     with wep.ExpertGroup(mesh, **settings) as group:
         assert group.backend == "cpu", group.backend
         for seed, (dtype, capacity) in enumerate([(jnp.float32, None), (jnp.bfloat16, CAPACITY)]):
