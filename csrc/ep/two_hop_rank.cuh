@@ -17,7 +17,7 @@
 //
 // Memory order. Before a put and before an addition lane 0 fences at system scope, after a warp
 // barrier: what all lanes wrote (read) comes before. Words are acquired by lane 0, and a warp
-// barrier passes that on. Bulk copies are completed by the stage (EndReads, EndWrites).
+// barrier passes that on. Bulk copies are completed by the stage (EndWrites).
 //
 // A wait that lasts too long ends as on one node, and whoever gives up or sees that another rank
 // did tells all ranks on other nodes. So that the rank that does not come is named, those who wait
@@ -181,13 +181,13 @@ class Rank {
 };
 
 /// A warp that runs one Stage, which has at most one output. All members: all lanes, whose state is
-/// the same. `Derived`:
+/// the same. `Derived` has what Stage asks for: Next, Outputs (by default the one there is) and
+/// Work, which calls Wrote for the slot that it fills and has read its inputs when it returns;
+/// and
 ///
-///   RingPlace Input(int i) const, Output(int o) const   num_slots 0: there is none
-///   bool Next(Bits<kInputs>&), void Outputs(Bits<kOutputs>&), void Work()   as Stage asks; Work
-///                                           calls Wrote once for the slot that it fills
-///   void EndReads()                         before slots are freed: copies out of them are
-///   complete void EndWrites()                        before slots are put: copies into them are
+///   RingPlace Input(int i) const      num_slots 0: there is none
+///   RingPlace Output(int o) const     the same
+///   void EndWrites()                  before slots are put: copies into them are complete
 ///
 /// Slots of an op are as far apart as it needs, so that puts of several have no gaps: a SlotHeader,
 /// its entries, from SlotHeaderBytes(top_k) on the row. A sender therefore begins with an empty
@@ -233,14 +233,9 @@ class WarpStage {
         const RingPlace ring = self().Output(o);
         if (ring.num_slots > 0) Word(ring.sent) = stage_.out[o].sent;
       }
-      if (tokens_put_ > 0) {
-        const int way = static_cast<int>(direction_);
-        atomicAdd(&rank_.state()->tokens_put[way], tokens_put_);
-      }
-      if (bytes_put_ > 0) {
-        const int way = static_cast<int>(direction_);
-        atomicAdd(&rank_.state()->bytes_put[way], bytes_put_);
-      }
+      const int way = static_cast<int>(direction_);
+      if (tokens_put_ > 0) atomicAdd(&rank_.state()->tokens_put[way], tokens_put_);
+      if (bytes_put_ > 0) atomicAdd(&rank_.state()->bytes_put[way], bytes_put_);
     }
     return true;
   }
@@ -251,7 +246,6 @@ class WarpStage {
     return rank_.Load(self().Input(i).arrived + int64_t{slot} * 8);
   }
   __device__ void Free(int i, uint64_t tokens) {
-    self().EndReads();
     const RingPlace ring = self().Input(i);
     rank_.Add(ring.sender, ring.credits, tokens);
   }
@@ -269,7 +263,6 @@ class WarpStage {
   __device__ void Outputs(Bits<kOutputs>& outputs) {
     if (kOutputs > 0) outputs.Set(0);
   }
-  __device__ void EndReads() {}
   __device__ void EndWrites() {}
   __device__ RingPlace Input(int) const { return {}; }
   __device__ RingPlace Output(int) const { return {}; }
