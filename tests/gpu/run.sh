@@ -5,6 +5,7 @@
 #   tests/gpu/run.sh [step ..]
 #
 #   cpp       the C++ test with virtual ranks in one process
+#   nodes     two_hop_test.cu, the kernels between virtual nodes; then their times beside those of one node. Needs no NVSHMEM
 #   sanitize  a part of it under compute-sanitizer, its four tools at once
 #   suite     exchange_suite.py at each of $RANKS processes that share the GPU (default: 1 2 3 4 8), under MPS
 #   killed    failures without command buffers: the next call raises too; a process dies, the others say which; and
@@ -42,13 +43,17 @@ sanitize() {
 
 if [ ! -x "$BUILD_DIR/exchange_gpu_test" ]; then
   step 600 build bash -c "cmake -S . -B $BUILD_DIR -DWIDEEP_CUDA=ON -DWIDEEP_TESTS=ON -DPython_EXECUTABLE=$(command -v python3) &&
-    cmake --build $BUILD_DIR -j4 --target exchange_gpu_test exchange_benchmark _wideep_cuda" || exit 1
+    cmake --build $BUILD_DIR -j4 --target exchange_gpu_test two_hop_gpu_test exchange_benchmark _wideep_cuda" || exit 1
 fi
 cp "$BUILD_DIR"/_wideep_cuda*.so jax_wideep/ || exit 1
 
 for name in ${@:-cpp suite killed}; do
   case $name in
     cpp) step 90 cpp "$BUILD_DIR/exchange_gpu_test" ${CPP:-} ;;
+    nodes)
+      step 90 nodes_cpp "$BUILD_DIR/two_hop_gpu_test" ${CPP:-}
+      step 120 nodes "$BUILD_DIR/exchange_benchmark" --node-size=4 "--json=$LOGS/nodes.jsonl" \
+        ${NODES:---ops=dispatch,combine,plan} ;;
     sanitize) echo "== sanitize"; sanitize || { echo "== sanitize failed"; failed=1; } ;;
     suite)
       start_mps

@@ -42,6 +42,19 @@ TEST(EveryOp) {
   }
 }
 
+TEST(EightRanks) {
+  uint64_t seed = 40;
+  for (const std::vector<int>& sizes : {std::vector<int>{2, 2, 2, 2}, {5, 3}}) {
+    GroupSettings settings = Small(8);
+    settings.num_sms = 1;
+    Group group(settings, sizes, ++seed);
+    if (seed % 2 == 1) group.DeliverLate();
+    ExchangeCase c;
+    c.num_tokens = 20;
+    if (!group.RunAndCount(c)) return;
+  }
+}
+
 /// Plans that are older than the mask, too.
 TEST(Masks) {
   uint64_t seed = 0;
