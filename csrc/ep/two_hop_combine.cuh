@@ -22,12 +22,21 @@
 
 namespace wideep::two_hop {
 
+/// What a home group sums; its rows are in the list of its first warp.
+struct HomeTask {
+  static constexpr int32_t kEnded = -1;
+  static constexpr int32_t kGaveUp = -2;
+  char* out;
+  int32_t count;  // of rows
+};
+
 struct CombineBlock {
   char* here[kMaxPublished * kMaxRanks];
   uint32_t flags[kProtocolFlags];
   int8_t node_of[kMaxRanks];  // of ranks; -1: masked
   HostArrays hosts[kMaxNodeRanks];
   SumList lists[kWarpsPerBlock];
+  HomeTask tasks[kWarpsPerBlock];
   ArrivalWindow windows[kWarpsPerBlock];
 };
 static_assert(sizeof(CombineBlock) <= kMaxSharedBytes);
@@ -82,6 +91,81 @@ class Reducer : public WarpStage<Reducer<kDType, kWeighted, Net>, Net, 0, 1> {
   NodeArrivals arrivals_;
 };
 
+/// What the warps of a block do: the first ones are `groups` home groups, the others reduce. Groups
+/// are as large as leaves enough warps for the reducers: with many nodes there are few channels.
+struct CombineRoles {
+  int groups;
+  int group_warps;
+
+  __device__ CombineRoles(int num_channels, int num_reducers) {
+    const int blocks = static_cast<int>(gridDim.x);
+    groups = (num_channels + blocks - 1) / blocks;
+    group_warps = 1;
+    while (2 * group_warps * groups <= kWarpsPerBlock &&
+           (kWarpsPerBlock - 2 * group_warps * groups) * blocks >= num_reducers) {
+      group_warps *= 2;
+    }
+  }
+};
+
+/// One thread's view of its home group.
+class HomeGroup {
+ public:
+  __device__ HomeGroup(CombineBlock& block, int num_warps)
+      : num_threads_(32 * num_warps),
+        group_(threadIdx.x / num_threads_),
+        thread_(threadIdx.x % num_threads_),
+        list_(block.lists[group_ * num_warps]),
+        task_(block.tasks[group_ * num_warps]) {}
+
+  __device__ int group() const { return group_; }
+  /// Whether this is the first warp's.
+  __device__ bool leads() const { return thread_ < 32; }
+  __device__ SumList& list() const { return list_; }
+
+  /// The first warp, with the list filled: all warps sum.
+  template <DType kDType, bool kWeighted>
+  __device__ void Sum(char* out, int count, int row_bytes) {
+    Set(out, count);
+    SumPart<kDType, kWeighted>(row_bytes);
+    Meet();  // the list is read, and what it names
+  }
+  /// The first warp, at the end.
+  __device__ void End(bool ok) { Set(nullptr, ok ? HomeTask::kEnded : HomeTask::kGaveUp); }
+  /// The others, until then. False: the first one gave up.
+  template <DType kDType, bool kWeighted>
+  __device__ bool Help(int row_bytes) {
+    for (Meet(); task_.count >= 0; Meet()) {
+      SumPart<kDType, kWeighted>(row_bytes);
+      Meet();
+    }
+    return task_.count == HomeTask::kEnded;
+  }
+
+ private:
+  __device__ void Set(char* out, int count) {
+    if (thread_ == 0) task_ = {out, count};
+    Meet();
+  }
+  __device__ void Meet() {
+    if (num_threads_ == 32) {
+      __syncwarp();
+    } else {
+      ptx::bar_sync(1 + group_, num_threads_);
+    }
+  }
+  template <DType kDType, bool kWeighted>
+  __device__ void SumPart(int row_bytes) {
+    SumRows<kDType, kWeighted>(task_.out, list_, task_.count, 0, row_bytes, thread_, num_threads_);
+  }
+
+  const int num_threads_;
+  const int group_;
+  const int thread_;
+  SumList& list_;
+  HomeTask& task_;
+};
+
 /// The outputs of one channel of this rank's tokens, from at most kInputs other nodes.
 template <DType kDType, bool kWeighted, int kInputs, typename Net>
 class Home : public WarpStage<Home<kDType, kWeighted, kInputs, Net>, Net, kInputs, 0> {
@@ -90,11 +174,13 @@ class Home : public WarpStage<Home<kDType, kWeighted, kInputs, Net>, Net, kInput
   using Base::rank_;
 
  public:
-  __device__ Home(Rank<Net>& rank, const CombineParams& p, CombineBlock& block, int channel)
+  __device__ Home(Rank<Net>& rank, const CombineParams& p, const CombineBlock& block,
+                  HomeGroup& group, int channel)
       : Base(rank, Direction::kBack, SlotBytes(p)),
         p_(p),
         block_(block),
-        list_(block.lists[threadIdx.x / 32]),
+        group_(group),
+        list_(group.list()),
         header_bytes_(SlotHeaderBytes(p.top_k)),
         row_bytes_(p.hidden * static_cast<int64_t>(SizeOf(kDType))),
         channel_(channel) {
@@ -140,10 +226,8 @@ class Home : public WarpStage<Home<kDType, kWeighted, kInputs, Net>, Net, kInput
       list_.weights[order.place] = 1.0f;
     }
     if constexpr (!kWeighted) WriteScalars(has_row);
-    __syncwarp();
-    SumRows<kDType, kWeighted>(p_.out + token_ * row_bytes_, list_, order.count, 0,
-                               static_cast<int>(row_bytes_), lane_, 32);
-    __syncwarp();  // the list is read
+    group_.template Sum<kDType, kWeighted>(p_.out + token_ * row_bytes_, order.count,
+                                           static_cast<int>(row_bytes_));
   }
 
  private:
@@ -175,6 +259,7 @@ class Home : public WarpStage<Home<kDType, kWeighted, kInputs, Net>, Net, kInput
 
   const CombineParams& p_;
   const CombineBlock& block_;
+  HomeGroup& group_;
   SumList& list_;
   const int64_t header_bytes_;
   const int64_t row_bytes_;
@@ -209,22 +294,40 @@ __device__ void FillBlock(const Rank<Net>& rank, CombineBlock& block) {
   __syncthreads();
 }
 
-/// This warp's stage, if it has one. False: somebody gave up.
+/// This warp's part in a home group, if the group has a channel.
+template <DType kDType, bool kWeighted, int kInputs, typename Net>
+__device__ bool RunHome(Rank<Net>& rank, const CombineParams& p, CombineBlock& block,
+                        const CombineRoles& roles) {
+  HomeGroup group(block, roles.group_warps);
+  const int channel = group.group() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+  if (channel >= rank.config().num_channels) return true;
+  if (!group.leads()) {
+    const auto row_bytes = static_cast<int>(p.hidden * static_cast<int64_t>(SizeOf(kDType)));
+    return group.template Help<kDType, kWeighted>(row_bytes);
+  }
+  const bool ok = Home<kDType, kWeighted, kInputs, Net>(rank, p, block, group, channel).Run();
+  group.End(ok);
+  return ok;
+}
+
+/// This warp's part. False: somebody gave up.
 template <DType kDType, bool kWeighted, typename Net>
 __device__ bool RunCombine(Rank<Net>& rank, const CombineParams& p, CombineBlock& block) {
   const int num_channels = rank.config().num_channels;
-  const int part = rank.warp() / num_channels;
-  const int channel = rank.warp() % num_channels;
-  if (part == 0) {
+  const CombineRoles roles(num_channels, num_channels * rank.num_sources());
+  const int reducer = static_cast<int>(threadIdx.x / 32) - roles.groups * roles.group_warps;
+  if (reducer < 0) {
     // The fewer inputs, the less to keep.
     constexpr int kFew = 3;
-    if (rank.nodes().num_nodes - 1 <= kFew) {
-      return Home<kDType, kWeighted, kFew, Net>(rank, p, block, channel).Run();
-    }
-    return Home<kDType, kWeighted, kMaxRanks - 1, Net>(rank, p, block, channel).Run();
+    return rank.nodes().num_nodes - 1 <= kFew
+               ? RunHome<kDType, kWeighted, kFew>(rank, p, block, roles)
+               : RunHome<kDType, kWeighted, kMaxRanks - 1>(rank, p, block, roles);
   }
-  const int home = rank.SourceOf(part - 1);
-  return home < 0 || Reducer<kDType, kWeighted, Net>(rank, p, block, home, channel).Run();
+  // Neighbours lie in different blocks.
+  const int number = reducer * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+  const int home = rank.SourceOf(number / num_channels);
+  return home < 0 ||
+         Reducer<kDType, kWeighted, Net>(rank, p, block, home, number % num_channels).Run();
 }
 
 template <DType kDType, bool kWeighted, typename Net>

@@ -63,6 +63,9 @@ Status MakeConfig(const GroupShape& shape, uint32_t masked, int64_t num_bytes, C
         std::to_string(arena.num_sms) + "; raise num_sms on the ExpertGroup");
   }
   config.num_channels = num_warps / warps_per_channel;
+  // Whole rounds over the blocks: what is left makes combine's home groups larger.
+  if (config.num_channels > arena.num_sms)
+    config.num_channels -= config.num_channels % arena.num_sms;
   const int num_rings = config.num_channels * std::max(config.nodes.num_nodes - 1, 1);
   config.across_slots = std::clamp(shape.tokens_under_way / num_rings, kMinSlots, kMaxSlots);
   config.across_batch = std::max(config.across_slots / 2, kMinSlots);
