@@ -25,15 +25,22 @@ Status NodesWithout(const GroupShape& shape, uint32_t masked, Nodes& nodes) {
   return MakeNodes(sizes, nodes);
 }
 
+/// Ranks on other nodes that `number` stands for.
+std::vector<int> SourcesOf(const Nodes& nodes, int number) {
+  std::vector<int> sources;
+  for (int input = 0; input < nodes.num_inputs(); ++input) {
+    if (input / nodes.fan == nodes.NodeOf(number)) continue;
+    const int source = nodes.SourceOf(number, input);
+    if (source >= 0) sources.push_back(source);
+  }
+  return sources;
+}
+
 /// Most ends of rings of a channel, each with a warp of its own, and one warp beside them.
 int WarpsPerChannel(const Nodes& nodes) {
   int most = 0;
-  for (int rank = 0; rank < nodes.num_ranks; ++rank) {
-    int sources = 0;
-    for (int input = 0; input < nodes.num_inputs(); ++input) {
-      if (input / nodes.fan == nodes.NodeOf(rank)) continue;
-      sources += nodes.SourceOf(rank, input) >= 0;
-    }
+  for (int number = 0; number < nodes.num_ranks; ++number) {
+    const auto sources = static_cast<int>(SourcesOf(nodes, number).size());
     most = std::max(most, nodes.num_nodes - 1 + sources + 1);
   }
   return most;
@@ -98,6 +105,10 @@ Status MakeContext(const GroupShape& shape, int rank, uint32_t masked, char* mem
     context.number_of[other] = static_cast<int8_t>(number++);
   }
   context.number = context.number_of[rank];
+  if (context.number < 0) return Status();
+  for (const int source : SourcesOf(config.nodes, context.number)) {
+    context.sources[context.num_sources++] = static_cast<int8_t>(source);
+  }
   return Status();
 }
 

@@ -28,6 +28,9 @@ struct Context {
   int32_t number = -1;      // this rank's among those that are not masked; -1: it is masked
   int8_t rank_of[kMaxRanks] = {};
   int8_t number_of[kMaxRanks] = {};  // -1: masked
+  /// The numbers of the ranks on other nodes that this one stands for.
+  int32_t num_sources = 0;
+  int8_t sources[kMaxRanks] = {};
 };
 
 /// Without the ranks whose bit is set, in at most `num_bytes` of memory (0: as much as is good).

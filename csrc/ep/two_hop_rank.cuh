@@ -80,19 +80,8 @@ class Rank {
   /// The i-th of the num_nodes - 1 other nodes.
   __device__ int OtherNode(int i) const { return i < node_ ? i : i + 1; }
   /// The number of the i-th rank on another node that this rank stands for; -1: there are fewer.
-  __device__ int SourceOf(int i) const {
-    for (int input = 0; input < nodes().num_inputs(); ++input) {
-      if (input / nodes().fan == node_) continue;
-      const int source = nodes().SourceOf(number(), input);
-      if (source >= 0 && i-- == 0) return source;
-    }
-    return -1;
-  }
-  __device__ int num_sources() const {
-    int count = 0;
-    while (SourceOf(count) >= 0) ++count;
-    return count;
-  }
+  __device__ int SourceOf(int i) const { return i < num_sources() ? context_.sources[i] : -1; }
+  __device__ int num_sources() const { return context_.num_sources; }
 
   /// Own registered memory.
   __device__ char* At(int64_t offset) const { return context_.memory + offset; }

@@ -71,12 +71,20 @@ TEST(AnyMaskFits) {
 
       // Every end of a ring has a warp, and one is left.
       for (int r = 0; r < number; ++r) {
-        int ends = nodes.num_nodes - 1;
-        for (int input = 0; input < nodes.num_inputs(); ++input) {
-          const int source = nodes.SourceOf(r, input);
-          ends += source >= 0 && nodes.NodeOf(source) != nodes.NodeOf(r);
+        std::vector<int> sources;
+        for (int other = 0; other < number; ++other) {
+          if (nodes.NodeOf(other) != nodes.NodeOf(r) &&
+              nodes.Forwarder(other, nodes.NodeOf(r)) == r) {
+            sources.push_back(other);
+          }
         }
+        const int ends = nodes.num_nodes - 1 + static_cast<int>(sources.size());
         CHECK(ends * config.num_channels < shape.arena.num_sms * kWarpsPerBlock);
+        if (r != context.number) continue;
+        CHECK_EQ(context.num_sources, static_cast<int>(sources.size()));
+        for (size_t i = 0; i < sources.size(); ++i) {
+          CHECK_EQ(static_cast<int>(context.sources[i]), sources[i]);
+        }
       }
     }
   }
