@@ -343,16 +343,7 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
     return nodes != nullptr ? nodes->ranks[r]->CombineGrad(device[r].combine_grad, ranks.stream(r))
                             : LaunchCombineGrad(device[r].combine_grad, ranks.stream(r));
   });
-  if (!synchronize()) {
-    check::Fail(__FILE__, __LINE__, "the machine failed");
-    return false;
-  }
-  for (int rank = 0; rank < group.num_ranks; ++rank) {
-    const ErrorRecord& record = ranks.record(rank);
-    if (record.failure == 0 || !c.Runs(rank)) continue;
-    check::Fail(__FILE__, __LINE__, Describe(record, group.deadline_s, group.top_k));
-    return false;
-  }
+  if (!ranks.EndedWell(synchronize(), [&](int rank) { return c.Runs(rank); })) return false;
 
   if (poison) CHECK(ranks.ArenasUntouched());
 

@@ -228,12 +228,7 @@ class LowLatencyRun {
   /// Compares everything; false if a rank gave up. After the machine has synchronised.
   bool Check() {
     const check::Context context(Describe(group_, c_));
-    for (int rank = 0; rank < group_.num_ranks; ++rank) {
-      const ErrorRecord& record = ranks_.record(rank);
-      if (record.failure == 0) continue;
-      check::Fail(__FILE__, __LINE__, Describe(record, group_.deadline_s, group_.top_k));
-      return false;
-    }
+    if (!ranks_.EndedWell(/*synchronized=*/true, [](int) { return true; })) return false;
     for (int rank = 0; rank < group_.num_ranks; ++rank) {
       if (c_.Runs(rank)) CheckRank(rank);
     }

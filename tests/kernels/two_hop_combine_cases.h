@@ -171,16 +171,8 @@ bool RunTwoHopCombine(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& nodes
     }
   }
   nodes.EndOps();
-  if (!ranks.machine().Synchronize()) {
-    check::Fail(__FILE__, __LINE__, "the machine failed");
+  if (!ranks.EndedWell(ranks.machine().Synchronize(), [&](int rank) { return c.Runs(rank); }))
     return false;
-  }
-  for (int rank = 0; rank < group.num_ranks; ++rank) {
-    const ErrorRecord& record = ranks.record(rank);
-    if (record.failure == 0 || !c.Runs(rank)) continue;
-    check::Fail(__FILE__, __LINE__, Describe(record, group.deadline_s, group.top_k));
-    return false;
-  }
 
   const int64_t slot_bytes = two_hop::SlotHeaderBytes(group.top_k) + Bytes(c.dtype, c.hidden);
   for (int rank = 0; rank < group.num_ranks; ++rank) {

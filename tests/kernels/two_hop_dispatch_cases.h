@@ -138,16 +138,8 @@ bool RunTwoHopDispatch(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& node
   each_rank(
       [&](int r) { return LaunchTwoHopCombineGrad(nodes.Params(r, grad[r]), ranks.stream(r)); });
   nodes.EndOps();
-  if (!ranks.machine().Synchronize()) {
-    check::Fail(__FILE__, __LINE__, "the machine failed");
+  if (!ranks.EndedWell(ranks.machine().Synchronize(), [&](int rank) { return c.Runs(rank); }))
     return false;
-  }
-  for (int rank = 0; rank < group.num_ranks; ++rank) {
-    const ErrorRecord& record = ranks.record(rank);
-    if (record.failure == 0 || !c.Runs(rank)) continue;
-    check::Fail(__FILE__, __LINE__, Describe(record, group.deadline_s, group.top_k));
-    return false;
-  }
 
   for (int rank = 0; rank < group.num_ranks; ++rank) {
     if (!c.Runs(rank)) continue;
