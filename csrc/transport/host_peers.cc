@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 
 namespace wideep {
@@ -15,6 +16,9 @@ namespace {
 enum class Kind : int32_t { kArrive = 1, kRelease = 2, kFail = 3 };
 
 constexpr size_t kMaxText = 2048;
+// A process that closes its group waits this long for peers whose sockets are full.
+constexpr std::chrono::seconds kLongestFlush{1};
+constexpr int kFlushPollMs = 20;
 
 }  // namespace
 
@@ -79,9 +83,17 @@ void HostPeers::Shutdown() {
   stopping_ = true;
   Wake();
   if (progress_.joinable()) progress_.join();
+  const auto until = std::chrono::steady_clock::now() + kLongestFlush;
   for (const auto& connection : connections_) {
     std::lock_guard<std::mutex> connection_lock(connection->mutex);
-    if (connection->open) shutdown(connection->peer.socket, SHUT_RDWR);
+    if (connection->open) {
+      // Others may need it: this process has done its part.
+      while (!Flush(*connection) && std::chrono::steady_clock::now() < until) {
+        pollfd space{connection->peer.socket, POLLOUT, 0};
+        poll(&space, 1, kFlushPollMs);
+      }
+      shutdown(connection->peer.socket, SHUT_RDWR);
+    }
     connection->open = false;
   }
 }
@@ -196,7 +208,9 @@ void HostPeers::Receive(int index) {
   while (!stopping_) {
     const ssize_t bytes =
         recv(connections_[index]->peer.socket, packet, sizeof(packet), MSG_DONTWAIT);
-    if (bytes < 0 && errno == EINTR) continue;
+    // Reset: it ended with something of ours unread. What it sent before is still to be had, and
+    // then the end.
+    if (bytes < 0 && (errno == EINTR || errno == ECONNRESET)) continue;
     if (bytes < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return;
     if (bytes < static_cast<ssize_t>(sizeof(Message))) return Lose(index);
     Message message;

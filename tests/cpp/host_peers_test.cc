@@ -331,6 +331,58 @@ TEST(ProcessThatLeavesAfterItsPartIsNotMissed) {
   world.CheckNothingInUse();
 }
 
+// A process that ends with something unread resets its socket. What it sent before counts all the
+// same.
+TEST(ProcessThatEndsWithMessagesUnreadIsNotMissed) {
+  int to_test[2], ends[2];
+  CHECK_EQ(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, to_test), 0);
+  CHECK_EQ(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends), 0);
+  std::unique_ptr<HostArena> arena, other_arena;
+  CHECK(HostArena::Make(arena, kSmallArena).ok());
+  CHECK(HostArena::Make(other_arena, kSmallArena).ok());
+  const int other = dup(other_arena->descriptor());
+  const MeetingKey key{1, 1, kGroup, 0};
+
+  // What rank 1 says, passed on by hand: then its process can end in this order.
+  HostRendezvous other_rendezvous;
+  std::shared_ptr<HostPeers> other_peers;
+  CHECK(HostPeers::Connect(kGroup, 2, std::move(other_arena),
+                           {{0, to_test[0], dup(arena->descriptor()), {{0, 0}}}}, other_rendezvous,
+                           other_peers)
+            .ok());
+  other_peers->Announce(key, 1, nullptr, other_peers->arena().Allocate(8), 8);
+  char packet[4096];
+  const ssize_t bytes = recv(to_test[1], packet, sizeof(packet), 0);
+  CHECK(bytes > 0);
+  CHECK_EQ(send(ends[1], packet, static_cast<size_t>(bytes), 0), bytes);
+  CHECK_EQ(send(ends[0], "unread", 6, 0), ssize_t{6});
+  close(ends[1]);
+
+  HostRendezvous rendezvous;
+  std::shared_ptr<HostPeers> peers;
+  CHECK(HostPeers::Connect(kGroup, 2, std::move(arena), {{1, ends[0], other, {{0, 1}}}}, rendezvous,
+                           peers)
+            .ok());
+  Counter done;
+  HostRendezvous::Arrival arrival;
+  arrival.rank = 0;
+  arrival.num_ranks = 2;
+  arrival.op = "test_op";
+  arrival.deadline = kLong;
+  arrival.args = std::make_shared<int>(0);
+  arrival.done = [&](const Status& status) {
+    CHECK_EQ(status.message(), "");
+    done.Add();
+  };
+  rendezvous.Arrive(
+      key, std::move(arrival),
+      [](std::vector<std::shared_ptr<void>>, Completion finish) { finish(Status()); });
+  CHECK(done.WaitFor(1));
+  peers->Shutdown();
+  other_peers->Shutdown();
+  close(to_test[1]);
+}
+
 // More messages than a socket holds, to a process that does not read: they wait for it.
 TEST(MessagesWaitForASlowReader) {
   int ends[2];
