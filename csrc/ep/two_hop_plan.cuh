@@ -272,7 +272,7 @@ __device__ void PlanOverNodes(const PlanParams& p, Rank<Net>& rank, PlanShared& 
   if (!exchange.BlockBarrier(shared.flags)) return;
   if (blockIdx.x == 0 && threadIdx.x == 0) counts.End(shared.capacity_is_short != 0);
   if (!SendPlaces(rank, p, block, shared)) return;
-  exchange.Finish(shared.flags);
+  rank.Finish(shared.flags);
 }
 
 }  // namespace two_hop
