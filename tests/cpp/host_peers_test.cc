@@ -331,6 +331,17 @@ TEST(ProcessThatLeavesAfterItsPartIsNotMissed) {
   world.CheckNothingInUse();
 }
 
+// Rank 0 of two, with nothing to send.
+HostRendezvous::Arrival FirstOfTwo() {
+  HostRendezvous::Arrival arrival;
+  arrival.rank = 0;
+  arrival.num_ranks = 2;
+  arrival.op = "test_op";
+  arrival.deadline = kLong;
+  arrival.args = std::make_shared<int>(0);
+  return arrival;
+}
+
 // A process that ends with something unread resets its socket. What it sent before counts all the
 // same.
 TEST(ProcessThatEndsWithMessagesUnreadIsNotMissed) {
@@ -364,12 +375,7 @@ TEST(ProcessThatEndsWithMessagesUnreadIsNotMissed) {
                            peers)
             .ok());
   Counter done;
-  HostRendezvous::Arrival arrival;
-  arrival.rank = 0;
-  arrival.num_ranks = 2;
-  arrival.op = "test_op";
-  arrival.deadline = kLong;
-  arrival.args = std::make_shared<int>(0);
+  HostRendezvous::Arrival arrival = FirstOfTwo();
   arrival.done = [&](const Status& status) {
     CHECK_EQ(status.message(), "");
     done.Add();
@@ -436,12 +442,7 @@ TEST(KilledProcessIsNoticedAtOnce) {
       {1, ends[0], dup(other_arena->descriptor()), {{0, 1}}}};
   CHECK(HostPeers::Connect(kGroup, 2, std::move(arena), connections, rendezvous, peers).ok());
   Counter done;
-  HostRendezvous::Arrival arrival;
-  arrival.rank = 0;
-  arrival.num_ranks = 2;
-  arrival.op = "test_op";
-  arrival.deadline = kLong;
-  arrival.args = std::make_shared<int>(0);
+  HostRendezvous::Arrival arrival = FirstOfTwo();
   arrival.process_of_rank = std::make_shared<const std::vector<int>>(std::vector<int>{0, 1});
   arrival.done = [&](const Status& status) {
     CHECK_CONTAINS(status.message(), "rank(s) 1 of 2 (in process 1) will not come");

@@ -24,12 +24,6 @@ GroupSettings Ranks(int num_ranks) {
 
 const std::vector<int> kNodes[] = {{4, 4}, {2, 2, 2, 2}, {1, 1, 1}, {2, 1}, {5, 3}, {4}};
 
-int NumRanks(const std::vector<int>& node_sizes) {
-  int num_ranks = 0;
-  for (const int size : node_sizes) num_ranks += size;
-  return num_ranks;
-}
-
 TEST(EveryOp) {
   uint64_t seed = 0;
   for (const std::vector<int>& sizes : kNodes) {

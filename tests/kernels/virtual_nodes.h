@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "csrc/ep/two_hop_rank.cuh"
@@ -12,6 +13,10 @@
 
 namespace wideep {
 namespace testing {
+
+inline int NumRanks(const std::vector<int>& node_sizes) {
+  return std::accumulate(node_sizes.begin(), node_sizes.end(), 0);
+}
 
 /// Nodes of the given sizes over `ranks`. Other nodes' arenas have no address.
 template <typename Machine>

@@ -1,6 +1,5 @@
 // Combine over virtual nodes in the emulator.
 #include <cstdlib>
-#include <numeric>
 
 #include "tests/kernels/two_hop_combine_cases.h"
 #include "tests/simt/simt_machine.h"
@@ -101,7 +100,7 @@ TEST(OtherNodes) {
            {1, 1, 1}, {2, 1}, {1, 2}, {3, 1}, {2, 3}, {3}, {1, 1, 1, 1, 1}, {1}}) {
     const Context context("nodes " + std::to_string(seed));
     ++seed;
-    Group group(Small(std::accumulate(node_sizes.begin(), node_sizes.end(), 0)), node_sizes, seed,
+    Group group(Small(NumRanks(node_sizes)), node_sizes, seed,
                 /*late=*/seed % 2 == 0);
     for (const int64_t num_tokens : {0, 1, 12}) {
       ExchangeCase c;
@@ -180,7 +179,7 @@ TEST(RandomGroups) {
     for (int left = static_cast<int>(Uniform(random, 2, 6)); left > 0; left -= node_sizes.back()) {
       node_sizes.push_back(static_cast<int>(Uniform(random, 1, std::min(left, 4))));
     }
-    GroupSettings settings = Small(std::accumulate(node_sizes.begin(), node_sizes.end(), 0));
+    GroupSettings settings = Small(NumRanks(node_sizes));
     settings.num_sms = static_cast<int>(Uniform(random, 1, 2));
     settings.num_experts = settings.num_ranks * static_cast<int>(Uniform(random, 2, 8));
     settings.top_k = static_cast<int>(Uniform(random, 1, std::min(8, settings.num_experts)));

@@ -23,12 +23,6 @@ GroupSettings Small(int num_ranks, int num_sms = 1) {
   return group;
 }
 
-int NumRanks(const std::vector<int>& node_sizes) {
-  int num_ranks = 0;
-  for (const int size : node_sizes) num_ranks += size;
-  return num_ranks;
-}
-
 const std::vector<int> kNodes[] = {{2, 2}, {1, 1, 1}, {2, 1}, {1, 3}, {2}};
 
 /// Every dtype; so many tokens that rings go round; several ops after another.

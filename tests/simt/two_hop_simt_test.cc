@@ -26,9 +26,7 @@ const std::vector<int> kNodes[] = {{2, 2}, {1, 1, 1}, {2, 1}, {3}};
 TEST(EveryOp) {
   uint64_t seed = 0;
   for (const std::vector<int>& sizes : kNodes) {
-    int num_ranks = 0;
-    for (const int size : sizes) num_ranks += size;
-    Group group(Small(num_ranks), sizes, ++seed);
+    Group group(Small(NumRanks(sizes)), sizes, ++seed);
     if (seed % 2 == 1) group.DeliverLate();
     for (const DType dtype : kFloatDTypes) {
       const Context context(Labelled("nodes", static_cast<int64_t>(sizes.size())));
