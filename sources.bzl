@@ -13,7 +13,6 @@ HOST_SOURCES = [
     "csrc/ep/plan_host.cc",
     "csrc/ep/row_kernels_select.cc",
     "csrc/ep/two_hop_config.cc",
-    "csrc/ep/two_hop_plan.cc",
     "csrc/transport/host_arena.cc",
     "csrc/transport/host_peers.cc",
     "csrc/transport/host_rendezvous.cc",
@@ -38,7 +37,6 @@ HOST_HEADERS = [
     "csrc/ep/token_tasks.h",
     "csrc/ep/two_hop_config.h",
     "csrc/ep/two_hop_layout.h",
-    "csrc/ep/two_hop_plan.h",
     "csrc/ep/two_hop_protocol.h",
     "csrc/transport/host_arena.h",
     "csrc/transport/host_peers.h",
@@ -89,6 +87,7 @@ CPP_TEST_HEADERS = [
     "tests/cpp/check.h",
     "tests/cpp/exchange_testing.h",
     "tests/cpp/number_formats.h",
+    "tests/cpp/two_hop_plan.h",
     "tests/cpp/two_hop_stages.h",
     "tests/cpp/two_hop_world.h",
     "tests/model/two_hop_model.h",
@@ -209,7 +208,6 @@ CUDA_FFI_HEADERS = [
 NVSHMEM_SOURCES = [
     "csrc/ep/two_hop_config.cc",
     "csrc/ep/two_hop_nvshmem.cu",
-    "csrc/ep/two_hop_plan.cc",
     "csrc/transport/nvshmem.cu",
     "xla_ffi/nvshmem/module.cc",
 ]

@@ -68,10 +68,10 @@ class ExpertGroup:
       node_size: with NVSHMEM: ranks of a node, consecutive ones, which use each other's memory directly; between
         nodes rows go by NVSHMEM's puts. None: the ranks of a host. Fewer than those make virtual nodes of a host.
 
-    The backend "cuda" needs GPUs of compute capability 9.0, NVSHMEM on several hosts, at most 16 ranks,
-    and peers that reach each other's memory. It maps the allocation that JAX's buffers come from, so leave JAX's memory
-    preallocated (XLA_PYTHON_CLIENT_PREALLOCATE): buffers elsewhere travel through the rings, and over several nodes
-    make the exchange fail.
+    The backend "cuda" needs GPUs of compute capability 9.0, NVSHMEM on several hosts, at most 16 ranks, and peers that
+    reach each other's memory. It maps the allocation that JAX's buffers come from, so leave JAX's memory preallocated
+    (XLA_PYTHON_CLIENT_PREALLOCATE): buffers elsewhere travel through the rings, and over several nodes make the
+    exchange fail.
 
     Making a group whose mesh spans processes is collective: all of them make the same groups in the same order, with
     the same settings, versions and build. They wait for each other for `deadline_s` (at least 5 s, at most 120 s; 120

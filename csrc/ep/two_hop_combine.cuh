@@ -17,7 +17,6 @@
 
 #include "csrc/ep/combine.cuh"
 #include "csrc/ep/node_arrivals.cuh"
-#include "csrc/ep/two_hop_plan.h"
 #include "csrc/ep/two_hop_rank.cuh"
 
 namespace wideep::two_hop {

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <string>
 
-#include "csrc/ep/two_hop_plan.h"
-
 namespace wideep::two_hop {
 namespace {
 
@@ -51,6 +49,33 @@ int64_t BytesOf(const Config& config) {
 }
 
 }  // namespace
+
+Status MakeNodes(const std::vector<int>& node_sizes, Nodes& nodes) {
+  const auto number = [](int64_t n) { return std::to_string(n); };
+  const auto num_nodes = static_cast<int64_t>(node_sizes.size());
+  if (num_nodes < 1 || num_nodes > kMaxNodes) {
+    return Status::InvalidArgument("two-hop: nodes: expected 1 to " + number(kMaxNodes) +
+                                   " of them, got " + number(num_nodes) +
+                                   "; use fewer, larger nodes");
+  }
+  nodes = Nodes();
+  int smallest = kMaxNodeRanks;
+  for (int64_t node = 0; node < num_nodes; ++node) {
+    const int num_ranks = node_sizes[node];
+    if (num_ranks < 1 || num_ranks > kMaxNodeRanks) {
+      return Status::InvalidArgument("two-hop: node size: expected 1 to " + number(kMaxNodeRanks) +
+                                     " ranks in each node, got " + number(num_ranks) + " in node " +
+                                     number(node) + "; set node_size to what shares NVLink");
+    }
+    nodes.first_rank[node + 1] = nodes.first_rank[node] + num_ranks;
+    nodes.max_node_ranks = std::max(nodes.max_node_ranks, num_ranks);
+    smallest = std::min(smallest, num_ranks);
+  }
+  nodes.num_nodes = static_cast<int32_t>(num_nodes);
+  nodes.num_ranks = nodes.first_rank[num_nodes];
+  nodes.fan = (nodes.max_node_ranks + smallest - 1) / smallest;
+  return Status();
+}
 
 Status MakeConfig(const GroupShape& shape, uint32_t masked, int64_t num_bytes, Config& config) {
   const ArenaConfig& arena = shape.arena;

@@ -11,6 +11,10 @@
 
 namespace wideep::two_hop {
 
+/// Nodes of the given sizes. Fails, saying what is wrong, for none, for more than kMaxNodes, for an
+/// empty one and for one of more than kMaxNodeRanks.
+Status MakeNodes(const std::vector<int>& node_sizes, Nodes& nodes);
+
 struct GroupShape {
   /// Of it: num_ranks, num_experts, top_k, max_row_bytes, num_sms.
   ArenaConfig arena{};

@@ -19,7 +19,6 @@
 #pragma once
 
 #include "csrc/ep/dispatch_shared.cuh"
-#include "csrc/ep/two_hop_plan.h"
 #include "csrc/ep/two_hop_rank.cuh"
 #include "csrc/ep/zero_tail.cuh"
 

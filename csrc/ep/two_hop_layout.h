@@ -97,6 +97,16 @@ WIDEEP_HOST_DEVICE constexpr int64_t SlotHeaderBytes(int top_k) {
   return (16 + 16 * int64_t{top_k} + 127) / 128 * 128;
 }
 
+/// The part of a rank's tokens that travels in a channel.
+struct ChannelTokens {
+  int64_t begin;
+  int64_t end;
+};
+WIDEEP_HOST_DEVICE constexpr ChannelTokens TokensOf(int64_t num_tokens, int channel,
+                                                    int num_channels) {
+  return {num_tokens * channel / num_channels, num_tokens * (channel + 1) / num_channels};
+}
+
 /// One ring as its two ends see it; offsets in bytes from the start of the arena of the rank named.
 /// Positions count tokens over all ops and are never reset.
 ///

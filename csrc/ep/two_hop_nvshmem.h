@@ -11,7 +11,7 @@
 
 namespace wideep {
 
-/// The throughput shape over nodes, by NVSHMEM's puts with signals.
+/// Of one rank. Rows cross nodes by NVSHMEM's puts with signals.
 struct NvshmemTwoHopSettings {
   /// Of it: num_ranks, num_experts, top_k, max_row_bytes, num_sms.
   ArenaConfig arena{};

@@ -4,7 +4,6 @@
 #include <string>
 #include <vector>
 
-#include "csrc/ep/two_hop_plan.h"
 #include "tests/cpp/check.h"
 #include "tests/cpp/number_formats.h"
 

@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "csrc/ep/two_hop_layout.h"
-#include "csrc/ep/two_hop_plan.h"
 #include "csrc/ep/two_hop_protocol.h"
+#include "tests/cpp/two_hop_plan.h"
 
 namespace wideep::two_hop {
 

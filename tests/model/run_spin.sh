@@ -17,8 +17,8 @@ spin -a "$root/tests/model/two_hop.pml" >/dev/null
 # SAFETY: invalid ends and assertions. HC4: states are told apart by a hash.
 gcc -O2 -w -DSAFETY -DHC4 -DMEMLIM=4000 -DVECTORSZ=4096 -c pan.c -o pan.o
 g++ -std=c++17 -O2 -I"$root" -c "$root/tests/model/two_hop_spin.cc" -o two_hop_spin.o
-g++ -std=c++17 -O2 -I"$root" -c "$root/csrc/ep/two_hop_plan.cc" -o two_hop_plan.o
-g++ pan.o two_hop_spin.o two_hop_plan.o -o two_hop_pan
+g++ -std=c++17 -O2 -I"$root" -c "$root/csrc/ep/two_hop_config.cc" -o two_hop_config.o
+g++ pan.o two_hop_spin.o two_hop_config.o -o two_hop_pan
 
 # Operation, mapped, tokens of ranks 0, 1 and 2; a last digit is a fault that spin has to find.
 for case in ${CASES:-d0400 d0004 d1211 d1400 c0400 c0004 c1211 c1400 d04001 d04004}; do

@@ -15,7 +15,7 @@
 #include <unordered_set>
 #include <vector>
 
-#include "csrc/ep/two_hop_plan.h"
+#include "csrc/ep/two_hop_config.h"
 #include "tests/model/two_hop_model.h"
 
 namespace wideep::two_hop::model {

@@ -1,7 +1,7 @@
 // The same transition system for spin: two_hop.pml tracks the state as bytes and calls these.
 #include <cstdlib>
 
-#include "csrc/ep/two_hop_plan.h"
+#include "csrc/ep/two_hop_config.h"
 #include "tests/model/two_hop_model.h"
 
 using namespace wideep::two_hop;

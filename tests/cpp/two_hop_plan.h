@@ -1,60 +1,20 @@
-#include "csrc/ep/two_hop_plan.h"
+// The plan of the two-hop exchange as each rank makes it from all ranks' counts, for tests of the
+// protocol: nodes, and the place of every row.
+#pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <string>
+#include <vector>
+
+#include "csrc/core/status.h"
+#include "csrc/ep/two_hop_config.h"
+#include "csrc/ep/two_hop_layout.h"
 
 namespace wideep::two_hop {
-namespace {
 
-bool IsExpert(const PlanInput& input, int64_t selection) {
-  const int32_t expert = input.topk_idx[selection];
-  return expert >= 0 && expert < input.num_experts;
-}
-
-/// Calls visit(selection, expert, destination) for those that capacities allow, in order.
-template <typename Visit>
-void ForEachAllowed(const PlanInput& input, int num_ranks, const Capacity* capacity, Visit visit) {
-  const int local_experts = input.num_experts / num_ranks;
-  std::vector<int32_t> before(num_ranks, 0);
-  for (int64_t s = 0; s < input.num_tokens * input.top_k; ++s) {
-    if (!IsExpert(input, s)) continue;
-    const int dst = input.topk_idx[s] / local_experts;
-    if (capacity != nullptr && before[dst] >= capacity->allowance[dst]) continue;
-    ++before[dst];
-    visit(s, input.topk_idx[s], dst);
-  }
-}
-
-}  // namespace
-
-Status MakeNodes(const std::vector<int>& node_sizes, Nodes& nodes) {
-  const auto number = [](int64_t n) { return std::to_string(n); };
-  const auto num_nodes = static_cast<int64_t>(node_sizes.size());
-  if (num_nodes < 1 || num_nodes > kMaxNodes) {
-    return Status::InvalidArgument("two-hop: nodes: expected 1 to " + number(kMaxNodes) +
-                                   " of them, got " + number(num_nodes) +
-                                   "; use fewer, larger nodes");
-  }
-  nodes = Nodes();
-  int smallest = kMaxNodeRanks;
-  for (int64_t node = 0; node < num_nodes; ++node) {
-    const int num_ranks = node_sizes[node];
-    if (num_ranks < 1 || num_ranks > kMaxNodeRanks) {
-      return Status::InvalidArgument("two-hop: node size: expected 1 to " + number(kMaxNodeRanks) +
-                                     " ranks in each node, got " + number(num_ranks) + " in node " +
-                                     number(node) + "; set node_size to what shares NVLink");
-    }
-    nodes.first_rank[node + 1] = nodes.first_rank[node] + num_ranks;
-    nodes.max_node_ranks = std::max(nodes.max_node_ranks, num_ranks);
-    smallest = std::min(smallest, num_ranks);
-  }
-  nodes.num_nodes = static_cast<int32_t>(num_nodes);
-  nodes.num_ranks = nodes.first_rank[num_nodes];
-  nodes.fan = (nodes.max_node_ranks + smallest - 1) / smallest;
-  return Status();
-}
-
-Status SplitIntoNodes(int num_ranks, int node_size, Nodes& nodes) {
+/// Nodes of `node_size` ranks each; the last one has what is left.
+inline Status SplitIntoNodes(int num_ranks, int node_size, Nodes& nodes) {
   if (num_ranks < 1 || node_size < 1) {
     return Status::InvalidArgument("two-hop: node size: expected at least 1 rank a node, got " +
                                    std::to_string(node_size) + " for " + std::to_string(num_ranks) +
@@ -65,7 +25,8 @@ Status SplitIntoNodes(int num_ranks, int node_size, Nodes& nodes) {
   return MakeNodes(sizes, nodes);
 }
 
-Status CheckConfig(const Config& config) {
+/// Fails unless rings and slots of these sizes work.
+inline Status CheckConfig(const Config& config) {
   const auto expect = [](const char* name, const std::string& expected, int64_t got) {
     return Status::InvalidArgument("two-hop: " + std::string(name) + ": expected " + expected +
                                    ", got " + std::to_string(got));
@@ -90,7 +51,65 @@ Status CheckConfig(const Config& config) {
   return Status();
 }
 
-std::vector<int32_t> CountSelections(const PlanInput& input, const Capacity* capacity) {
+/// The tokens of one rank and the rules of the plan, the same on every rank but for topk_idx.
+struct PlanInput {
+  const int32_t* topk_idx = nullptr;  // [num_tokens, top_k]; outside [0, num_experts) = masked
+  int64_t num_tokens = 0;             // of this rank
+  int32_t top_k = 0;
+  int32_t num_experts = 0;
+  int64_t capacity = 0;  // rows that a rank can receive
+};
+
+/// Selections that a rank receives from all, and how many of this rank's fit: sources fill a rank
+/// in order until it is full.
+struct Capacity {
+  std::vector<int32_t> first_arrival;  // [num_ranks] place of this rank's first row there
+  std::vector<int32_t> allowance;      // [num_ranks] of this rank's selections
+  std::vector<int32_t> num_rows;       // [num_ranks] received by each rank
+  bool is_short = false;               // some rank's; all ranks see it alike
+};
+
+/// What one rank's tokens and all counts make.
+struct RankPlan {
+  std::vector<int32_t> dest_rank;    // [num_tokens, top_k]; -1 = masked or dropped
+  std::vector<int32_t> dest_row;     // [num_tokens, top_k]
+  std::vector<int32_t> group_sizes;  // [local experts]
+  /// Tokens of this rank that go to each rank, and to each node: what the hops carry.
+  std::vector<int32_t> tokens_to_rank;  // [num_ranks]
+  std::vector<int32_t> tokens_to_node;  // [num_nodes]
+};
+
+/// Hosts of the token on `node`, a bit each, from one token's destinations.
+constexpr uint32_t HostsOn(const Nodes& nodes, int node, const int32_t* dest_rank, int top_k) {
+  uint32_t hosts = 0;
+  for (int k = 0; k < top_k; ++k) {
+    const int index = dest_rank[k] - nodes.first_rank[node];
+    if (index >= 0 && index < nodes.SizeOf(node)) hosts |= 1u << index;
+  }
+  return hosts;
+}
+
+inline bool IsExpert(const PlanInput& input, int64_t selection) {
+  const int32_t expert = input.topk_idx[selection];
+  return expert >= 0 && expert < input.num_experts;
+}
+
+/// Calls visit(selection, expert, destination) for those that capacities allow, in order.
+template <typename Visit>
+void ForEachAllowed(const PlanInput& input, int num_ranks, const Capacity* capacity, Visit visit) {
+  const int local_experts = input.num_experts / num_ranks;
+  std::vector<int32_t> before(num_ranks, 0);
+  for (int64_t s = 0; s < input.num_tokens * input.top_k; ++s) {
+    if (!IsExpert(input, s)) continue;
+    const int dst = input.topk_idx[s] / local_experts;
+    if (capacity != nullptr && before[dst] >= capacity->allowance[dst]) continue;
+    ++before[dst];
+    visit(s, input.topk_idx[s], dst);
+  }
+}
+
+/// Selections per expert, [num_experts]. `capacity`: only those that it allows; null: all.
+inline std::vector<int32_t> CountSelections(const PlanInput& input, const Capacity* capacity) {
   std::vector<int32_t> counts(input.num_experts, 0);
   if (capacity == nullptr) {
     for (int64_t s = 0; s < input.num_tokens * input.top_k; ++s) {
@@ -103,7 +122,9 @@ std::vector<int32_t> CountSelections(const PlanInput& input, const Capacity* cap
   return counts;
 }
 
-Capacity FillRanks(const Nodes& nodes, const PlanInput& input, int rank, const int32_t* counts) {
+/// `counts`: [num_ranks][num_experts] of all selections.
+inline Capacity FillRanks(const Nodes& nodes, const PlanInput& input, int rank,
+                          const int32_t* counts) {
   const int local_experts = input.num_experts / nodes.num_ranks;
   Capacity result;
   for (int dst = 0; dst < nodes.num_ranks; ++dst) {
@@ -125,8 +146,9 @@ Capacity FillRanks(const Nodes& nodes, const PlanInput& input, int rank, const i
   return result;
 }
 
-RankPlan PlaceRows(const Nodes& nodes, const PlanInput& input, int rank, const int32_t* counts,
-                   const Capacity& capacity) {
+/// `counts`: as above, of the selections that capacities allow.
+inline RankPlan PlaceRows(const Nodes& nodes, const PlanInput& input, int rank,
+                          const int32_t* counts, const Capacity& capacity) {
   const int local_experts = input.num_experts / nodes.num_ranks;
   // First row of this rank's block of each expert: the expert's own first row, after earlier
   // ranks'.
