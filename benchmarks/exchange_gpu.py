@@ -289,6 +289,7 @@ def main() -> None:
             if arguments.json and world.process == 0:
                 with open(arguments.json, "a") as file:
                     machine = {"device": kind, "date": arguments.date, "copy_gb_s": round(copy_speed / 1e9)}
+                    machine["group"] = world.group_settings
                     file.write(json.dumps(figure | machine) + "\n")
 
 

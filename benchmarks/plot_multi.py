@@ -149,7 +149,9 @@ def draw(records: list[Record], out: pathlib.Path) -> None:
                 [r["sms"] for r in points], [r["gb_per_s"] for r in points], "o-", label=way, markersize=4
             )
     link.set(title="plain copies between neighbours", xlabel="SMs", ylabel="GB/s that a GPU sends", ylim=0)
-    ops = [r for r in of_kind(records, "exchange_jax") if r["routing"] == "uniform"]
+    ops = [
+        r for r in of_kind(records, "exchange_jax") if r["routing"] == "uniform" and not r.get("group")
+    ]
     for op, colour in COLOURS.items():
         points = sorted((r for r in ops if r["op"] == op), key=lambda r: r["num_sms"])
         exchange.plot(
@@ -207,8 +209,10 @@ def main() -> None:
         ("layer", whole_table),
     ):
         chosen = of_kind(records, kind)
-        if chosen:
-            print(f"### {kind}\n{make(chosen)}")
+        # Settings of the group other than the defaults.
+        for group in dict.fromkeys(json.dumps(record.get("group") or {}) for record in chosen):
+            part = [record for record in chosen if (record.get("group") or {}) == json.loads(group)]
+            print(f"### {kind}{'' if group == '{}' else f', {group}'}\n{make(part)}")
     if arguments.out is not None:
         draw(records, arguments.out)
     if arguments.merge:

@@ -10,6 +10,8 @@
 #              passes, combine_form="auto" may become it (_peer_transport.choose_forms)
 #   killed     failures: an index out of range, a late rank, a process that dies
 #   failures   tests/processes/failures.py on three GPUs, or on two of which one has two ranks under MPS
+#   nvshmem    low_latency_suite.py, exchange_suite.py and nvshmem_suite.py over NVSHMEM (nvidia-nvshmem-cu13), N processes,
+#              as one node and as two virtual nodes of N / 2; then the exchange's times as both, and their ratio
 #   link       benchmarks/peer_copy.cu: what a plain copy between the GPUs reaches
 #   exchange   benchmarks/exchange_gpu.py: each op, N processes, captured; over SMs and routings
 #   latency    benchmarks/low_latency_gpu.py: 1 to 128 tokens, N processes, captured
@@ -22,7 +24,7 @@
 #   decode     python -m jax_wideep.bench decode, N processes
 #   overlap    examples/decode_overlap.py, N processes
 #
-# Default: all of them but failures, in this order. CHECKS, LINK, EXCHANGE, LATENCY, BASELINES, LAYER, TRAIN, DROP_IN,
+# Default: all of them but failures and nvshmem, in this order. CHECKS, LL_CHECKS, EXCHANGE_CHECKS, LINK, EXCHANGE, LATENCY, BASELINES, LAYER, TRAIN, DROP_IN,
 # MICROBATCHES, DECODE, OVERLAP: arguments of the programs, in place of those below. LIMIT: seconds for one step (default
 # 240).
 set -u -o pipefail
@@ -75,6 +77,24 @@ run() {
       step 170 failures env "WIDEEP_PLATFORM=${WIDEEP_PLATFORM:-cuda}" "CUDA_VISIBLE_DEVICES=$numbers" \
         "PYTHONPATH=$PWD:$PWD/tests:${PYTHONPATH:-}" python3 tests/processes/failures.py ${FAILURES:-}
       stop_mps ;;
+    nvshmem)
+      cp "$BUILD_DIR"/_wideep_nvshmem*.so jax_wideep/ || { failed=1; return; }
+      local half=$((gpus / 2)) flags="$captured --xla-flag=--xla_gpu_autotune_level=0"
+      export NVSHMEM_SYMMETRIC_SIZE=${NVSHMEM_SYMMETRIC_SIZE:-4G} XLA_PYTHON_CLIENT_MEM_FRACTION=0.6
+      for node_size in "$gpus" "$half"; do
+        local nodes=
+        [ "$node_size" = "$gpus" ] || nodes=", \"node_size\": $node_size"
+        export WIDEEP_GROUP="{\"transport\": \"nvshmem\"$nodes}"
+        processes nvshmem $flags "$gpus" tests/gpu/low_latency_suite.py ${LL_CHECKS:-values kept masked loop bad_index}
+        processes nvshmem $flags "$gpus" tests/gpu/exchange_suite.py \
+          ${EXCHANGE_CHECKS:-values one_token fp8 masked repeats transforms bad_index delayed}
+        processes "nvshmem_$node_size" $captured "$gpus" benchmarks/exchange_gpu.py \
+          --json "$LOGS/nvshmem_$node_size.jsonl" ${EXCHANGE:-$sizes --sms 16 32 --form chain} \
+          --ops "dispatch push" "combine pull" "dispatch grad pull" "combine grad"
+        WIDEEP_GROUP='{}' WIDEEP_NODE_SIZE=$node_size processes nvshmem $flags "$gpus" tests/gpu/nvshmem_suite.py
+      done
+      step 20 nvshmem python3 tests/gpu/ratio.py "$LOGS/nvshmem_$gpus.jsonl" "$LOGS/nvshmem_$half.jsonl"
+      unset WIDEEP_GROUP NVSHMEM_SYMMETRIC_SIZE XLA_PYTHON_CLIENT_MEM_FRACTION ;;
     killed)
       processes killed --xla-flag=--xla_gpu_enable_command_buffer= "$gpus" tests/gpu/exchange_suite.py \
         bad_index delayed killed ;;

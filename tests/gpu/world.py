@@ -51,11 +51,12 @@ class World:
         self.local_ranks = [r for r, d in enumerate(self.devices) if d.process_index == jax.process_index()]
         # Of groups that are to fail. On CPU sockets tell that a process has ended, and nobody waits for so long.
         self.deadline_s = 1.0 if self.backend == "cuda" else 30.0
+        self.group_settings = json.loads(os.environ.get("WIDEEP_GROUP", "{}"))
         self._barriers = 0
 
     def group(self, **settings: Any) -> wep.ExpertGroup:
-        asked = json.loads(os.environ.get("WIDEEP_GROUP", "{}"))
-        return wep.ExpertGroup(self.mesh, axis=AXIS, **{"backend": self.backend, **asked, **settings})
+        asked = {"backend": self.backend, **self.group_settings, **settings}
+        return wep.ExpertGroup(self.mesh, axis=AXIS, **asked)
 
     def put(self, array: np.ndarray) -> jax.Array:
         """[ranks, n, ..] -> a global array [ranks * n, ..]; no collective is involved."""

@@ -16,6 +16,7 @@
 #include "csrc/ep/two_hop.h"
 #include "tests/cpp/check.h"
 #include "tests/cpp/number_formats.h"
+#include "tests/kernels/ended_well.h"
 #include "tests/kernels/plan_arrays.h"
 
 namespace wideep {
@@ -343,7 +344,7 @@ bool RunExchangeCase(VirtualRanks<Machine>& ranks, const ExchangeCase& c, Random
     return nodes != nullptr ? nodes->ranks[r]->CombineGrad(device[r].combine_grad, ranks.stream(r))
                             : LaunchCombineGrad(device[r].combine_grad, ranks.stream(r));
   });
-  if (!ranks.EndedWell(synchronize(), [&](int rank) { return c.Runs(rank); })) return false;
+  if (!EndedWell(ranks, synchronize(), [&](int rank) { return c.Runs(rank); })) return false;
 
   if (poison) CHECK(ranks.ArenasUntouched());
 

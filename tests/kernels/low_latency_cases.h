@@ -15,6 +15,7 @@
 #include "tests/cpp/check.h"
 #include "tests/cpp/exchange_testing.h"
 #include "tests/cpp/number_formats.h"
+#include "tests/kernels/ended_well.h"
 #include "tests/kernels/virtual_ranks.h"
 
 namespace wideep {
@@ -228,7 +229,7 @@ class LowLatencyRun {
   /// Compares everything; false if a rank gave up. After the machine has synchronised.
   bool Check() {
     const check::Context context(Describe(group_, c_));
-    if (!ranks_.EndedWell(/*synchronized=*/true, [](int) { return true; })) return false;
+    if (!EndedWell(ranks_, /*synchronized=*/true, [](int) { return true; })) return false;
     for (int rank = 0; rank < group_.num_ranks; ++rank) {
       if (c_.Runs(rank)) CheckRank(rank);
     }

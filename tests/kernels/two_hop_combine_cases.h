@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "csrc/ep/two_hop_combine.cuh"
+#include "tests/kernels/ended_well.h"
 #include "tests/kernels/exchange_cases.h"
 #include "tests/kernels/virtual_nodes.h"
 
@@ -171,7 +172,7 @@ bool RunTwoHopCombine(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& nodes
     }
   }
   nodes.EndOps();
-  if (!ranks.EndedWell(ranks.machine().Synchronize(), [&](int rank) { return c.Runs(rank); }))
+  if (!EndedWell(ranks, ranks.machine().Synchronize(), [&](int rank) { return c.Runs(rank); }))
     return false;
 
   const int64_t slot_bytes = two_hop::SlotHeaderBytes(group.top_k) + Bytes(c.dtype, c.hidden);

@@ -7,6 +7,7 @@
 
 #include "csrc/ep/two_hop_combine_grad.cuh"
 #include "csrc/ep/two_hop_dispatch.cuh"
+#include "tests/kernels/ended_well.h"
 #include "tests/kernels/exchange_cases.h"
 #include "tests/kernels/virtual_nodes.h"
 
@@ -138,7 +139,7 @@ bool RunTwoHopDispatch(VirtualRanks<Machine>& ranks, VirtualNodes<Machine>& node
   each_rank(
       [&](int r) { return LaunchTwoHopCombineGrad(nodes.Params(r, grad[r]), ranks.stream(r)); });
   nodes.EndOps();
-  if (!ranks.EndedWell(ranks.machine().Synchronize(), [&](int rank) { return c.Runs(rank); }))
+  if (!EndedWell(ranks, ranks.machine().Synchronize(), [&](int rank) { return c.Runs(rank); }))
     return false;
 
   for (int rank = 0; rank < group.num_ranks; ++rank) {

@@ -21,10 +21,8 @@
 #include <utility>
 #include <vector>
 
-#include "csrc/core/error_record.h"
 #include "csrc/ep/peer_context.h"
 #include "csrc/ep/plan.h"
-#include "tests/cpp/check.h"
 
 namespace wideep {
 namespace testing {
@@ -121,22 +119,6 @@ class VirtualRanks {
   Machine& machine() { return machine_; }
   cudaStream_t stream(int rank) { return machine_.Stream(rank); }
   const ErrorRecord& record(int rank) const { return *contexts_[rank].record; }
-  /// After what was launched. False, and a failed check, if the machine failed (`synchronized` is
-  /// false) or a rank that `runs` gave up.
-  template <typename Runs>
-  bool EndedWell(bool synchronized, Runs runs) const {
-    if (!synchronized) {
-      check::Fail(__FILE__, __LINE__, "the machine failed");
-      return false;
-    }
-    for (int rank = 0; rank < settings_.num_ranks; ++rank) {
-      if (record(rank).failure == 0 || !runs(rank)) continue;
-      check::Fail(__FILE__, __LINE__,
-                  Describe(record(rank), settings_.deadline_s, settings_.top_k));
-      return false;
-    }
-    return true;
-  }
 
   /// Memory of the rank's pool, filled with a pattern, or with `contents`.
   template <typename T>
