@@ -4,7 +4,7 @@
 namespace wideep {
 
 Status LaunchPlan(const PlanParams& p, cudaStream_t stream) {
-  return LaunchPlanKernel(PlanKernel, p, p, stream);
+  return LaunchPlanKernel(PlanKernel, p, p, PlanBytes(p), stream);
 }
 
 Status LoadPlanKernels() { return LoadKernels({PlanKernel}, "make_plan"); }

@@ -426,10 +426,15 @@ __device__ inline void WriteEmptyPlan(const PlanParams& p, int num_ranks) {
   if (threadIdx.x == 0) *p.overflow = dropped;
 }
 
+/// Of PlanShared and what follows it.
+inline int64_t PlanBytes(const PlanParams& p) {
+  return PlanShared::NumBytes(p.num_experts, p.peers.num_ranks);
+}
+
 /// Launches a plan kernel.
 template <typename Params>
 Status LaunchPlanKernel(void (*kernel)(Params), const Params& params, const PlanParams& p,
-                        cudaStream_t stream) {
+                        int64_t shared_bytes, cudaStream_t stream) {
   if (p.num_experts > kMaxPlanExperts) {
     return Status::InvalidArgument("make_plan: num_experts: expected at most " +
                                    std::to_string(kMaxPlanExperts) + " on CUDA, got " +
@@ -438,9 +443,7 @@ Status LaunchPlanKernel(void (*kernel)(Params), const Params& params, const Plan
   // A block for every 2048 selections; at least two, since rings need both ends.
   const int64_t wanted = std::max<int64_t>(2, p.num_tokens * p.top_k / 2048 + 1);
   const auto blocks = static_cast<int>(std::min<int64_t>(wanted, p.peers.num_sms));
-  return Launch(kernel, blocks, kPlanThreads,
-                PlanShared::NumBytes(p.num_experts, p.peers.num_ranks), stream, params,
-                "make_plan");
+  return Launch(kernel, blocks, kPlanThreads, shared_bytes, stream, params, "make_plan");
 }
 
 }  // namespace wideep

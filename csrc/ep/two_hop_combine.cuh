@@ -38,7 +38,7 @@ struct CombineBlock {
   HomeTask tasks[kWarpsPerBlock];
   ArrivalWindow windows[kWarpsPerBlock];
 };
-static_assert(sizeof(CombineBlock) <= kMaxSharedBytes);
+static_assert(sizeof(Shared<CombineBlock>) <= kMaxSharedBytes);
 
 WIDEEP_HOST_DEVICE inline int64_t SlotBytes(const CombineParams& p) {
   return SlotHeaderBytes(p.top_k) + p.hidden * static_cast<int64_t>(SizeOf(p.dtype));
@@ -333,12 +333,14 @@ template <DType kDType, bool kWeighted, typename Net>
 __global__ void __launch_bounds__(kCombineThreads, 1)
     TwoHopCombineKernel(const __grid_constant__ Params<CombineParams, Net> params) {
   const CombineParams& p = params.op;
-  auto& block = *reinterpret_cast<CombineBlock*>(DynamicShared());
+  auto& shared = *reinterpret_cast<Shared<CombineBlock>*>(DynamicShared());
+  CombineBlock& block = shared.op;
   Exchange exchange(p.peers, kWeighted ? ExchangeOp::kCombine : ExchangeOp::kDispatchGrad);
   if (!exchange.takes_part()) {
     return ZeroOutputs<kWeighted>(p, p.hidden * static_cast<int64_t>(SizeOf(kDType)));
   }
-  Rank<Net> rank(params.context, params.net, exchange);
+  shared.Load(params.context);
+  Rank<Net> rank(shared.context, params.net, exchange);
   const void* mine[5] = {p.y, p.row_scalars, p.plan.arrival_rows, p.plan.row_source,
                          p.plan.rows_per_source};
   if (!rank.Begin(mine, block.here, block.flags)) return;
@@ -359,10 +361,9 @@ Status LaunchTwoHopSum(const two_hop::Params<CombineParams, Net>& params, const 
     return status;
   }
   const int64_t slot_bytes = two_hop::SlotBytes(p);
-  if (slot_bytes > params.context.layout.config().slot_bytes) {
+  if (slot_bytes > params.slot_bytes) {
     return Status::InvalidArgument(std::string(op) + ": expected slots of at most " +
-                                   std::to_string(params.context.layout.config().slot_bytes) +
-                                   " bytes, got " + std::to_string(slot_bytes) +
+                                   std::to_string(params.slot_bytes) + " bytes, got " + std::to_string(slot_bytes) +
                                    "; make the group with the hidden and top_k of its calls");
   }
   using two_hop::TwoHopCombineKernel;
@@ -370,8 +371,8 @@ Status LaunchTwoHopSum(const two_hop::Params<CombineParams, Net>& params, const 
                       : p.dtype == DType::kF16 ? TwoHopCombineKernel<DType::kF16, kWeighted, Net>
                                                : TwoHopCombineKernel<DType::kF32, kWeighted, Net>;
   // All blocks: every stage has a warp.
-  return Launch(kernel, p.peers.num_sms, kCombineThreads, sizeof(two_hop::CombineBlock), stream,
-                params, op);
+  return Launch(kernel, p.peers.num_sms, kCombineThreads,
+                sizeof(two_hop::Shared<two_hop::CombineBlock>), stream, params, op);
 }
 
 template <typename Net>

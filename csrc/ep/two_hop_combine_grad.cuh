@@ -63,14 +63,11 @@ Status LaunchTwoHopCombineGrad(const two_hop::Params<CombineGradParams, Net>& pa
   using two_hop::GradRows;
   switch (p.dtype) {
     case DType::kBF16:
-      return LaunchTwoHopTokens<GradRows<DType::kBF16>>(tokens, params.context, params.net, stream,
-                                                        kOp);
+      return LaunchTwoHopTokens<GradRows<DType::kBF16>>(tokens, params, stream, kOp);
     case DType::kF16:
-      return LaunchTwoHopTokens<GradRows<DType::kF16>>(tokens, params.context, params.net, stream,
-                                                       kOp);
+      return LaunchTwoHopTokens<GradRows<DType::kF16>>(tokens, params, stream, kOp);
     default:
-      return LaunchTwoHopTokens<GradRows<DType::kF32>>(tokens, params.context, params.net, stream,
-                                                       kOp);
+      return LaunchTwoHopTokens<GradRows<DType::kF32>>(tokens, params, stream, kOp);
   }
 }
 

@@ -45,7 +45,7 @@ int WarpsPerChannel(const Nodes& nodes) {
 }
 
 int64_t BytesOf(const Config& config) {
-  return Layout(config).num_bytes() + static_cast<int64_t>(sizeof(RankState));
+  return Layout(config).num_bytes() + static_cast<int64_t>(sizeof(RankState)) + kContextBytes;
 }
 
 }  // namespace
@@ -67,7 +67,7 @@ Status MakeNodes(const std::vector<int>& node_sizes, Nodes& nodes) {
                                      " ranks in each node, got " + number(num_ranks) + " in node " +
                                      number(node) + "; set node_size to what shares NVLink");
     }
-    nodes.first_rank[node + 1] = nodes.first_rank[node] + num_ranks;
+    nodes.first_rank[node + 1] = static_cast<int16_t>(nodes.first_rank[node] + num_ranks);
     nodes.max_node_ranks = std::max(nodes.max_node_ranks, num_ranks);
     smallest = std::min(smallest, num_ranks);
   }

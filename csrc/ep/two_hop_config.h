@@ -24,10 +24,11 @@ struct GroupShape {
   int tokens_under_way = 170;
 };
 
-/// A rank as its kernels know it, by value in their parameters.
+/// A rank as its kernels know it. They read it in registered memory, where a mask changes it: what XLA
+/// has recorded is launched again with the parameters that it had.
 struct Context {
   Layout layout;
-  char* memory = nullptr;   // layout.num_bytes(), then a RankState
+  char* memory = nullptr;   // layout.num_bytes(), a RankState; at the end of all, this
   uint32_t node_ranks = 0;  // PeerContext's
   int32_t number = -1;      // this rank's among those that are not masked; -1: it is masked
   int8_t rank_of[kMaxRanks] = {};
@@ -36,6 +37,12 @@ struct Context {
   int32_t num_sources = 0;
   int8_t sources[kMaxRanks] = {};
 };
+
+constexpr int64_t kContextBytes = (static_cast<int64_t>(sizeof(Context)) + 127) / 128 * 128;
+/// Where it lies in registered memory of `num_bytes`, whatever the mask.
+inline Context* ContextIn(char* memory, int64_t num_bytes) {
+  return reinterpret_cast<Context*>(memory + num_bytes / 128 * 128 - kContextBytes);
+}
 
 /// Without the ranks whose bit is set, in at most `num_bytes` of memory (0: as much as is good).
 /// Fails if a rank has too few warps for its ends of rings, or the memory does not suffice.

@@ -282,12 +282,14 @@ template <typename Rows, typename Net>
 __global__ void __launch_bounds__(kDispatchThreads, 1)
     TwoHopDispatchKernel(const __grid_constant__ two_hop::Params<TwoHopTokens, Net> params) {
   const TwoHopTokens& p = params.op;
-  DispatchShared& shared = *reinterpret_cast<DispatchShared*>(DynamicShared());
+  auto& memory = *reinterpret_cast<two_hop::Shared<DispatchShared>*>(DynamicShared());
+  DispatchShared& shared = memory.op;
   Exchange exchange(p.peers, p.op);
   if (!exchange.takes_part()) {
     return ZeroRows(p.plan, p.zero_tail, p.rows, p.row_scalars, p.capacity, p.row_bytes);
   }
-  two_hop::Rank<Net> rank(params.context, params.net, exchange);
+  memory.Load(params.context);
+  two_hop::Rank<Net> rank(memory.context, params.net, exchange);
   const void* mine[Rows::kNumBuffers];
   Rows::Publish(p, mine);
   if (!rank.Begin(mine, shared.here, shared.flags)) return;
@@ -301,24 +303,27 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   rank.Finish(shared.flags);
 }
 
-template <typename Rows, typename Net>
-Status LaunchTwoHopTokens(const TwoHopTokens& tokens, const two_hop::Context& context,
-                          const Net& net, cudaStream_t stream, const char* op) {
-  const two_hop::Params<TwoHopTokens, Net> params{WithBuffers(tokens), context, net};
+/// `of`: the params of the op that `tokens` are of.
+template <typename Rows, typename Op, typename Net>
+Status LaunchTwoHopTokens(const TwoHopTokens& tokens, const two_hop::Params<Op, Net>& of,
+                          cudaStream_t stream, const char* op) {
+  const two_hop::Params<TwoHopTokens, Net> params{WithBuffers(tokens), of.context, of.slot_bytes,
+                                                  of.net};
   const TwoHopTokens& p = params.op;
   const int64_t slot_bytes = two_hop::SlotBytes(p);
   if (p.row_bytes % 16 != 0 || p.top_k > kMaxKernelTopK ||
-      slot_bytes > context.layout.config().slot_bytes) {
+      slot_bytes > params.slot_bytes) {
     return Status::InvalidArgument(
         std::string(op) + ": expected rows of a multiple of 16 bytes, top_k of at most " +
         std::to_string(kMaxKernelTopK) + " and slots of at most " +
-        std::to_string(context.layout.config().slot_bytes) + " bytes on CUDA, got " +
+        std::to_string(params.slot_bytes) + " bytes on CUDA, got " +
         std::to_string(p.row_bytes) + " bytes, top_k " + std::to_string(p.top_k) +
         " and slots of " + std::to_string(slot_bytes) + " bytes");
   }
   // All blocks: every end of a ring has a warp.
   return Launch(TwoHopDispatchKernel<Rows, Net>, p.peers.num_sms, kDispatchThreads,
-                DispatchSharedBytes(p), stream, params, op);
+                two_hop::Shared<DispatchShared>::NumBytes(DispatchSharedBytes(p)), stream, params,
+                op);
 }
 
 template <typename Net>
@@ -339,8 +344,7 @@ Status LaunchTwoHopDispatch(const two_hop::Params<DispatchParams, Net>& params,
   tokens.row_scalars = p.row_weights;
   tokens.piece_bytes = p.piece_bytes;
   tokens.num_stages = p.num_stages;
-  return LaunchTwoHopTokens<two_hop::DispatchRows>(tokens, params.context, params.net, stream,
-                                                   "dispatch");
+  return LaunchTwoHopTokens<two_hop::DispatchRows>(tokens, params, stream, "dispatch");
 }
 
 template <typename Net>

@@ -70,6 +70,10 @@ class TwoHopOverNet : public TwoHop {
     }
     Status status = Runtime(
         "cudaMemset", cudaMemset(settings_.memory, 0, static_cast<size_t>(settings_.memory_bytes)));
+    if (status.ok()) {
+      status = Runtime("cudaMemcpy", cudaMemcpy(ContextOnGpu(), &context_, sizeof(context_),
+                                                cudaMemcpyHostToDevice));
+    }
     if (status.ok()) status = Runtime("cudaDeviceSynchronize", cudaDeviceSynchronize());
     return status;
   }
@@ -77,11 +81,14 @@ class TwoHopOverNet : public TwoHop {
  private:
   template <typename Op>
   two_hop::Params<Op, Net> ParamsOf(const Op& op) const {
-    two_hop::Params<Op, Net> params{op, context_, net_};
+    two_hop::Params<Op, Net> params{op, ContextOnGpu(), context_.layout.config().slot_bytes, net_};
     params.op.peers.node_ranks = context_.node_ranks;
     // For so many blocks the rings' ends were counted.
     params.op.peers.num_sms = settings_.shape.arena.num_sms;
     return params;
+  }
+  two_hop::Context* ContextOnGpu() const {
+    return two_hop::ContextIn(settings_.memory, settings_.memory_bytes);
   }
   static Status Runtime(const char* what, cudaError_t error) {
     if (error == cudaSuccess) return Status();

@@ -28,7 +28,7 @@ struct Nodes {
   int32_t max_node_ranks = 0;
   /// Most ranks of one node that the same rank of another node stands for.
   int32_t fan = 1;
-  int32_t first_rank[kMaxNodes + 1] = {};
+  int16_t first_rank[kMaxNodes + 1] = {};
 
   WIDEEP_HOST_DEVICE constexpr int SizeOf(int node) const {
     return first_rank[node + 1] - first_rank[node];

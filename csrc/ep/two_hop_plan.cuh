@@ -280,17 +280,19 @@ __device__ void PlanOverNodes(const PlanParams& p, Rank<Net>& rank, PlanShared& 
 template <typename Net>
 __global__ void __launch_bounds__(kPlanThreads, 1)
     TwoHopPlanKernel(const __grid_constant__ two_hop::Params<PlanParams, Net> p) {
-  PlanShared& shared = *reinterpret_cast<PlanShared*>(DynamicShared());
+  auto& shared = *reinterpret_cast<two_hop::Shared<PlanShared>*>(DynamicShared());
   Exchange exchange(p.op.peers, ExchangeOp::kPlan);
   if (!exchange.takes_part()) return WriteEmptyPlan(p.op, exchange.num_ranks());
-  two_hop::Rank<Net> rank(p.context, p.net, exchange);
-  two_hop::PlanOverNodes(p.op, rank, shared);
+  shared.Load(p.context);
+  two_hop::Rank<Net> rank(shared.context, p.net, exchange);
+  two_hop::PlanOverNodes(p.op, rank, shared.op);
   if (threadIdx.x == 0) rank.PassOnAbort();
 }
 
 template <typename Net>
 Status LaunchTwoHopPlan(const two_hop::Params<PlanParams, Net>& p, cudaStream_t stream) {
-  return LaunchPlanKernel(TwoHopPlanKernel<Net>, p, p.op, stream);
+  return LaunchPlanKernel(TwoHopPlanKernel<Net>, p, p.op,
+                          two_hop::Shared<PlanShared>::NumBytes(PlanBytes(p.op)), stream);
 }
 
 template <typename Net>

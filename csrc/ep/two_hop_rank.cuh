@@ -33,12 +33,34 @@
 
 namespace wideep::two_hop {
 
-/// `Op`: DispatchParams, ..
+/// `Op`: DispatchParams, .. What a mask changes is not among them (Context).
 template <typename Op, typename Net>
 struct Params {
   Op op;
-  Context context;
+  const Context* context;  // in the GPU's memory
+  int64_t slot_bytes;      // Config's
   Net net;
+};
+
+/// Shared memory of a kernel over nodes: its rank's context, then the op's.
+template <typename Op>
+struct Shared {
+  Context context;
+  alignas(128) Op op;
+
+  /// Brings the context. All threads.
+  __device__ void Load(const Context* from) {
+    static_assert(sizeof(Context) % 8 == 0);
+    const auto* words = reinterpret_cast<const uint64_t*>(from);
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(Context) / 8); i += blockDim.x) {
+      reinterpret_cast<uint64_t*>(&context)[i] = words[i];
+    }
+    __syncthreads();
+  }
+  /// Of which `op_bytes` are the op's.
+  static constexpr int64_t NumBytes(int64_t op_bytes) {
+    return static_cast<int64_t>(sizeof(Shared) - sizeof(Op)) + op_bytes;
+  }
 };
 
 /// One thread's view of its rank, which takes part (is not masked).

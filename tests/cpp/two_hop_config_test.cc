@@ -45,7 +45,8 @@ TEST(AnyMaskFits) {
       CHECK_EQ(status.message(), std::string());
       if (!status.ok()) return;
       const Config& config = context.layout.config();
-      CHECK(context.layout.num_bytes() + static_cast<int64_t>(sizeof(RankState)) <= num_bytes);
+      CHECK(context.layout.num_bytes() + static_cast<int64_t>(sizeof(RankState)) + kContextBytes <=
+            num_bytes);
       CHECK(config.num_channels >= 1);
       CHECK(config.across_batch >= 1 && config.across_batch <= config.across_slots);
 

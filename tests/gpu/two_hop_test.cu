@@ -29,11 +29,11 @@ TEST(EveryOp) {
   for (const std::vector<int>& sizes : kNodes) {
     Group group(Ranks(NumRanks(sizes)), sizes, ++seed);
     for (const DType dtype : kFloatDTypes) {
-      for (const int64_t capacity : {0, 700}) {
+      for (const int64_t capacity : {0, 350}) {
         ExchangeCase c;
         c.dtype = dtype;
-        c.num_tokens = 300;
-        c.hidden = 2048;
+        c.num_tokens = 150;
+        c.hidden = 1024;
         c.capacity = capacity;
         c.delay_us = 100;
         if (!group.RunAndCount(c)) return;

@@ -55,6 +55,7 @@ class VirtualNodes {
                                                  memory_bytes_, contexts_[rank]);
       if (!status.ok()) check::Fail(__FILE__, __LINE__, status.message());
       ranks_.machine().Fill(net_.memory[rank], 0, memory_bytes_);
+      ranks_.machine().CopyIn(ContextOnGpu(rank), &contexts_[rank], sizeof(two_hop::Context));
     }
   }
 
@@ -96,7 +97,8 @@ class VirtualNodes {
   /// What LaunchTwoHop.. take, from an op's params.
   template <typename Op>
   two_hop::Params<Op, RingNet> Params(int rank, const Op& op) const {
-    two_hop::Params<Op, RingNet> params{op, contexts_[rank], NetOf(rank)};
+    two_hop::Params<Op, RingNet> params{op, ContextOnGpu(rank),
+                                        contexts_[rank].layout.config().slot_bytes, NetOf(rank)};
     params.op.peers.node_ranks = contexts_[rank].node_ranks;
     return params;
   }
@@ -107,6 +109,9 @@ class VirtualNodes {
   }
 
  private:
+  two_hop::Context* ContextOnGpu(int rank) const {
+    return two_hop::ContextIn(net_.memory[rank], memory_bytes_);
+  }
   void ForgetOtherNodes(int rank) {
     char* const at = ranks_.context(rank).arena + ranks_.context(rank).layout.peer_table;
     PeerTable table;

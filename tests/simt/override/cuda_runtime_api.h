@@ -10,7 +10,7 @@ using cudaStream_t = CUstream_st*;
 // The device is idle whenever the host calls these, and its memory is the host's.
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
-enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost, cudaMemcpyHostToDevice };
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaMemset(void* to, int byte, size_t num_bytes) {
