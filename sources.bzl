@@ -166,6 +166,7 @@ EXCHANGE_CUDA_HEADERS = [
     "csrc/ep/quantize.h",
     "csrc/ep/ring.cuh",
     "csrc/ep/row_sum.cuh",
+    "csrc/ep/warp_copy.cuh",
     "csrc/ep/two_hop.h",
     "csrc/ep/two_hop_combine.cuh",
     "csrc/ep/two_hop_combine_grad.cuh",

@@ -21,6 +21,8 @@ from jax_wideep import _bootstrap, _ffi
 PACKAGE = "nvidia-nvshmem-cu13"
 MIN_VERSION = (3, 4, 5)
 _LIBRARY = "libnvshmem_host.so.3"
+# An environment variable: if set, rows go to other (virtual) nodes by NVSHMEM's puts also where stores reach them.
+ONLY_PUTS = "WIDEEP_NVSHMEM_ONLY_PUTS"
 
 # Where all processes are on one host: what NVSHMEM needs to start without a network. Set only where the user has not.
 _ONE_HOST = {"NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME": "lo", "NVSHMEM_REMOTE_TRANSPORT": "none"}
@@ -204,7 +206,9 @@ def make_arena(
         where = {"rank": rank, "pe_of_rank": list(pe_of_rank), **sizes}
         across = (
             module.make_relay(memory=memory, num_ranks=num_ranks, mirror_of_rank=mirrors, **where),
-            module.make_two_hop(arena=memory, rings=rings, node_of_rank=nodes, **where),
+            module.make_two_hop(
+                arena=memory, rings=rings, node_of_rank=nodes, only_puts=ONLY_PUTS in os.environ, **where
+            ),
         )
     return Arena(memory.address, addresses, [mirror >= 0 for mirror in mirrors], across)
 

@@ -191,13 +191,14 @@ def goes_over_nvshmem(asked: Transport, hosts: Sequence[str]) -> bool:
 
 
 def choose_num_sms(asked: int | None, num_ranks: int, gpus: Sequence[dict[str, Any]]) -> int:
-    """`asked`, or by default 32, or as many as fit where ranks share a GPU: their blocks must all run at once.
+    """`asked`, or by default 32; where ranks share a GPU, fewer: their blocks must all run at once.
 
-    A group of one rank takes its whole GPU by default: it waits for nobody, and rows stay in its memory.
+    By default those of two exchanges, as microbatches=2 has under way. A group of one rank takes its whole GPU by
+    default: it waits for nobody, and rows stay in its memory.
     """
     ranks_on = Counter(gpu["uuid"] for gpu in gpus)
     most = min(gpu["num_sms"] // ranks_on[gpu["uuid"]] // 2 * 2 for gpu in gpus)
-    default = most if num_ranks == 1 else min(_DEFAULT_NUM_SMS, most)
+    default = most if num_ranks == 1 else min(_DEFAULT_NUM_SMS, max(2, most // 4 * 2))
     chosen = default if asked is None else asked
     if not 2 <= chosen <= most:
         raise ValueError(

@@ -46,9 +46,9 @@ class ExpertGroup:
         construction: the one chosen.
       chunk: most tokens per rank and call in the low-latency shape.
       deadline_s: seconds after which a rank that has not come is reported as missing.
-      num_sms: on the backend "cuda": SMs that an exchange uses on each rank; even, at least 2. None: 32, or as
-        many as fit where ranks share a GPU; all of its GPU for a group of one rank. After construction: the number
-        chosen.
+      num_sms: on the backend "cuda": SMs that an exchange uses on each rank; even, at least 2. None: 32, or
+        fewer where ranks share a GPU, so that two exchanges of each fit; all of its GPU for a group of one rank.
+        After construction: the number chosen.
       zero_copy: on the backend "cuda": "auto" moves rows between XLA's own buffers where peers can map them;
         "off" sends everything through fixed-size rings, with the same results.
       dispatch_form: on the backend "cuda": "push" has senders write every row to its place, "pull" has receivers

@@ -215,8 +215,10 @@ def test_blocks_of_ranks_that_share_a_gpu_fit():
     gpu = {"uuid": "a", "num_sms": 132}
     other = {"uuid": "b", "num_sms": 132}
     assert _peer_transport.choose_num_sms(None, 2, [gpu, other]) == 32
-    assert _peer_transport.choose_num_sms(None, 8, [gpu] * 8) == 16
-    assert _peer_transport.choose_num_sms(None, 11, [gpu] * 11) == 12
+    # Those of two exchanges at once; asked for, of one.
+    assert _peer_transport.choose_num_sms(None, 8, [gpu] * 8) == 8
+    assert _peer_transport.choose_num_sms(None, 11, [gpu] * 11) == 6
+    assert _peer_transport.choose_num_sms(16, 8, [gpu] * 8) == 16
     assert _peer_transport.choose_num_sms(24, 5, [gpu] * 5) == 24
     with pytest.raises(
         ValueError, match="num_sms: expected 2 to 16, got 18: up to 8 ranks share a GPU of 132 SMs"

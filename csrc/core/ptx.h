@@ -128,6 +128,16 @@ __device__ inline int4 ld_global_no_allocate_v4(const void* pointer) {
   return v;
 }
 
+/// As above, with a policy for the lines of L2 that it reads.
+__device__ inline int4 ld_global_no_allocate_cache_hint_v4(const void* pointer, uint64_t policy) {
+  int4 v;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.s32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(pointer), "l"(policy)
+               : "memory");
+  return v;
+}
+
 __device__ inline void st_global_v4(void* pointer, int4 v) {
   asm volatile("st.global.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
@@ -142,6 +152,17 @@ __device__ inline void cp_async_bulk_load(uint32_t smem, const void* pointer, ui
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(smem),
       "l"(pointer), "r"(bytes), "r"(mbarrier)
+      : "memory");
+}
+
+/// As above, with a policy for the lines of L2 that it reads.
+__device__ inline void cp_async_bulk_load_cache_hint(uint32_t smem, const void* pointer,
+                                                     uint32_t bytes, uint32_t mbarrier,
+                                                     uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1], %2, [%3], %4;" ::"r"(smem),
+      "l"(pointer), "r"(bytes), "r"(mbarrier), "l"(policy)
       : "memory");
 }
 

@@ -36,15 +36,15 @@ class BulkPipe {
   __device__ int num_stages() const { return num_stages_; }
 
   __device__ void Load(const char* from, uint32_t num_bytes) {
-    if (loaded_ >= num_stages_) ptx::cp_async_bulk_wait_group_read<0>();
-    __syncwarp();
-    if (lane_ == 0) {
-      const int stage = loaded_ % num_stages_;
-      ptx::mbarrier_arrive_expect_tx_release_cta(barriers_ + 8 * stage, num_bytes);
-      ptx::cp_async_bulk_load(buffers_ + stage * piece_bytes_, from, num_bytes,
-                              barriers_ + 8 * stage);
-    }
-    ++loaded_;
+    LoadBy(num_bytes, [&](uint32_t to, uint32_t barrier) {
+      ptx::cp_async_bulk_load(to, from, num_bytes, barrier);
+    });
+  }
+  /// From a place that nobody reads again soon.
+  __device__ void LoadOnce(const char* from, uint32_t num_bytes) {
+    LoadBy(num_bytes, [&](uint32_t to, uint32_t barrier) {
+      ptx::cp_async_bulk_load_cache_hint(to, from, num_bytes, barrier, evict_first_);
+    });
   }
 
   __device__ void Wait() {
@@ -76,6 +76,17 @@ class BulkPipe {
   __device__ void Drop() { ++stored_; }
 
  private:
+  template <typename Start>
+  __device__ void LoadBy(uint32_t num_bytes, Start start) {
+    if (loaded_ >= num_stages_) ptx::cp_async_bulk_wait_group_read<0>();
+    __syncwarp();
+    if (lane_ == 0) {
+      const int stage = loaded_ % num_stages_;
+      ptx::mbarrier_arrive_expect_tx_release_cta(barriers_ + 8 * stage, num_bytes);
+      start(buffers_ + stage * piece_bytes_, barriers_ + 8 * stage);
+    }
+    ++loaded_;
+  }
   __device__ uint32_t Oldest() const { return buffers_ + stored_ % num_stages_ * piece_bytes_; }
 
   const char* const generic_buffers_;

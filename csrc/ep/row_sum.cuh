@@ -30,14 +30,16 @@ __device__ __forceinline__ void AddTerm(int4 bits, float weight,
 
 /// Bytes [begin, end) of a row: out[0..] = sum of weights[i] * rows[i] (or of rows[i]) for
 /// i < num_rows, in float32, rounded once. `thread` of `num_threads` threads take 16 bytes each.
-/// `kColumns` of them at a time, of `kRows` rows, are read before the first is used.
-template <DType kDType, bool kWeighted, int kColumns = 2, int kRows = 8>
+/// `kColumns` of them at a time, of `kRows` rows, are read before the first is used. kReadOnce:
+/// nobody reads the rows again soon, and L2 need not keep them.
+template <DType kDType, bool kWeighted, int kColumns = 2, int kRows = 8, bool kReadOnce = false>
 __device__ __forceinline__ void SumRows(char* out, const SumList& list, int num_rows, int begin,
                                         int end, int thread, int num_threads) {
   const int step = num_threads * 16;
   // Cleared: what is only read into under a condition would take its registers in all of the
   // kernel.
   int4 bits[kRows][kColumns] = {};
+  const uint64_t evict_first = kReadOnce ? ptx::createpolicy_l2_evict_first() : 0;
 #pragma unroll 1
   for (int at = begin + thread * 16; at < end; at += kColumns * step) {
     float sum[kColumns][kVectorElems<kDType>] = {};
@@ -50,7 +52,9 @@ __device__ __forceinline__ void SumRows(char* out, const SumList& list, int num_
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           if (at + c * step < end) {
-            bits[i][c] = ptx::ld_global_no_allocate_v4(row + at + c * step);
+            const char* const from = row + at + c * step;
+            bits[i][c] = kReadOnce ? ptx::ld_global_no_allocate_cache_hint_v4(from, evict_first)
+                                   : ptx::ld_global_no_allocate_v4(from);
           }
         }
       }

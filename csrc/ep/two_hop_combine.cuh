@@ -74,7 +74,7 @@ class Reducer : public WarpStage<Reducer<kDType, kWeighted, Net>, Net, 0, 1> {
     }
     __syncwarp();
     // Few rows a token: more of each under way.
-    SumRows<kDType, kWeighted, /*kColumns=*/3, /*kRows=*/4>(
+    SumRows<kDType, kWeighted, /*kColumns=*/3, /*kRows=*/4, /*kReadOnce=*/true>(
         reinterpret_cast<char*>(header) + header_bytes_, list_, count, 0, row_bytes_, Base::lane_,
         32);
     __syncwarp();  // the list is read
@@ -363,7 +363,8 @@ Status LaunchTwoHopSum(const two_hop::Params<CombineParams, Net>& params, const 
   const int64_t slot_bytes = two_hop::SlotBytes(p);
   if (slot_bytes > params.slot_bytes) {
     return Status::InvalidArgument(std::string(op) + ": expected slots of at most " +
-                                   std::to_string(params.slot_bytes) + " bytes, got " + std::to_string(slot_bytes) +
+                                   std::to_string(params.slot_bytes) + " bytes, got " +
+                                   std::to_string(slot_bytes) +
                                    "; make the group with the hidden and top_k of its calls");
   }
   using two_hop::TwoHopCombineKernel;

@@ -20,6 +20,7 @@ class GradRows {
   }
   __device__ GradRows(const TwoHopTokens& p, char* const* here, BulkPipe&) : p_(p), here_(here) {}
 
+  template <bool>
   __device__ void Write(const char* dout, int32_t host, int64_t row, int32_t) const {
     GradRow own{};
     if (host >= 0) {

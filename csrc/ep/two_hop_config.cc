@@ -94,17 +94,21 @@ Status MakeConfig(const GroupShape& shape, uint32_t masked, int64_t num_bytes, C
         std::to_string(config.nodes.max_node_ranks) + " ranks, got " +
         std::to_string(arena.num_sms) + "; raise num_sms on the ExpertGroup");
   }
-  config.num_channels = num_warps / warps_per_channel;
+  // A ring's end has more to do per token than a warp beside the rings has: three quarters of the
+  // warps are ends.
+  const int num_ends = warps_per_channel - 1;
+  config.num_channels = num_ends == 0 ? num_warps : std::max(1, num_warps * 3 / 4 / num_ends);
   // Whole rounds over the blocks: what is left makes combine's home groups larger.
   if (config.num_channels > arena.num_sms)
     config.num_channels -= config.num_channels % arena.num_sms;
   const int num_rings = config.num_channels * std::max(config.nodes.num_nodes - 1, 1);
   config.across_slots = std::clamp(shape.tokens_under_way / num_rings, kMinSlots, kMaxSlots);
-  config.across_batch = std::max(config.across_slots / 2, kMinSlots);
+  // Half a ring: the other half is read meanwhile.
+  config.across_batch = config.across_slots / 2;
   if (num_bytes == 0) return Status();
   // Ranks left in nodes of very different sizes need more rings: shorter ones, then fewer.
   while (BytesOf(config) > num_bytes && config.across_slots > 1) {
-    config.across_batch = std::min(config.across_batch, --config.across_slots);
+    config.across_batch = std::max(1, --config.across_slots / 2);
   }
   while (BytesOf(config) > num_bytes && config.num_channels > 1) --config.num_channels;
   if (BytesOf(config) > num_bytes) {

@@ -19,13 +19,13 @@ struct GroupShape {
   /// Of it: num_ranks, num_experts, top_k, max_row_bytes, num_sms.
   ArenaConfig arena{};
   std::vector<int> node_of_rank;  // [num_ranks], never falling
-  /// Room in a rank's rings, in tokens, about: enough for a network, and so few that the rings of
-  /// all ranks of a GPU, with their staging memory, can stay in its cache.
-  int tokens_under_way = 170;
+  /// Room in a rank's rings, in tokens, about: enough for a network, and so few that they can stay
+  /// in the GPU's cache.
+  int tokens_under_way = 400;
 };
 
-/// A rank as its kernels know it. They read it in registered memory, where a mask changes it: what XLA
-/// has recorded is launched again with the parameters that it had.
+/// A rank as its kernels know it. They read it in registered memory, where a mask changes it: what
+/// XLA has recorded is launched again with the parameters that it had.
 struct Context {
   Layout layout;
   char* memory = nullptr;   // layout.num_bytes(), a RankState; at the end of all, this

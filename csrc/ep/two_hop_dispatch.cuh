@@ -12,8 +12,9 @@
 //
 //   kNumBuffers, void Publish(const void* (&mine)[kNumBuffers])
 //   Rows(p, here, pipe)
-//   void Write(const char* token, int32_t host, int64_t row, int32_t word)
-//        all lanes: a token to the rows that lanes bring, each of a rank of the node (-1: none)
+//   void Write<kOfRing>(const char* token, int32_t host, int64_t row, int32_t word)
+//        all lanes: a token, which lies in a ring or not, to the rows that lanes bring, each of a
+//        rank of the node (-1: none)
 //
 // Finish orders everything in the node.
 #pragma once
@@ -80,8 +81,9 @@ class TokensTo {
   uint32_t found_ = 0;
 };
 
-/// A row through shared memory. `store(offset, bytes)` by all lanes, for each piece.
-template <typename Store>
+/// A row through shared memory. `store(offset, bytes)` by all lanes, for each piece. Rows of a ring
+/// stay in L2, where the next ones are written; others are read once.
+template <bool kOfRing, typename Store>
 __device__ void CopyRow(BulkPipe& pipe, const char* row, int64_t row_bytes, Store store) {
   const auto pieces = static_cast<int>((row_bytes + pipe.piece_bytes() - 1) / pipe.piece_bytes());
   const auto bytes_of = [&](int piece) {
@@ -91,7 +93,8 @@ __device__ void CopyRow(BulkPipe& pipe, const char* row, int64_t row_bytes, Stor
   const int ahead = pipe.num_stages() - 1;
   for (int piece = 0; piece < pieces + ahead; ++piece) {
     if (piece < pieces) {
-      pipe.Load(row + int64_t{piece} * pipe.piece_bytes(), bytes_of(piece));
+      const char* const from = row + int64_t{piece} * pipe.piece_bytes();
+      kOfRing ? pipe.Load(from, bytes_of(piece)) : pipe.LoadOnce(from, bytes_of(piece));
     }
     const int out = piece - ahead;
     if (out < 0) continue;
@@ -154,9 +157,10 @@ class DispatchSender : public WarpStage<DispatchSender<Net>, Net, 0, 1> {
     // Copies may overwrite what the last put from this slot has read.
     ptx::fence_proxy_async();
     char* const to = reinterpret_cast<char*>(header) + header_bytes;
-    CopyRow(pipe_, p_.x + token * p_.row_bytes, p_.row_bytes, [&](int64_t at, uint32_t bytes) {
-      if (lane == 0) pipe_.StoreForReading(to + at, bytes);
-    });
+    CopyRow</*kOfRing=*/false>(pipe_, p_.x + token * p_.row_bytes, p_.row_bytes,
+                               [&](int64_t at, uint32_t bytes) {
+                                 if (lane == 0) pipe_.StoreForReading(to + at, bytes);
+                               });
     this->Wrote(header_bytes + p_.row_bytes, /*has_row=*/true);
   }
   __device__ void EndWrites() {
@@ -184,6 +188,7 @@ class DispatchRows {
   __device__ DispatchRows(const TwoHopTokens& p, char* const* here, BulkPipe& pipe)
       : p_(p), here_(here), pipe_(pipe) {}
 
+  template <bool kOfRing>
   __device__ void Write(const char* token, int32_t host, int64_t row, int32_t word) const {
     char* to = nullptr;
     if (host >= 0) {
@@ -192,7 +197,7 @@ class DispatchRows {
     }
     // What was acquired, copies read.
     ptx::fence_proxy_async();
-    CopyRow(pipe_, token, p_.row_bytes, [&](int64_t at, uint32_t bytes) {
+    CopyRow<kOfRing>(pipe_, token, p_.row_bytes, [&](int64_t at, uint32_t bytes) {
       if (to != nullptr) pipe_.Store(to + at, bytes);
     });
   }
@@ -230,7 +235,7 @@ class DispatchForwarder : public WarpStage<DispatchForwarder<Rows, Net>, Net, 1,
       entry = header->entries()[this->lane_];
       host = this->rank_.HostRank(entry.host);
     }
-    rows_.Write(slot + header_bytes_, host, entry.row, entry.word);
+    rows_.template Write</*kOfRing=*/true>(slot + header_bytes_, host, entry.row, entry.word);
   }
 
  private:
@@ -250,8 +255,8 @@ __device__ void DispatchInNode(const Rank<Net>& rank, const TwoHopTokens& p, int
     const int64_t s = token * p.top_k + lane;
     const int32_t dst = lane < p.top_k ? p.plan.dest_rank[s] : -1;
     const bool goes = tokens.Has(dst);
-    rows.Write(p.x + token * p.row_bytes, goes ? dst : -1, goes ? p.plan.dest_row[s] : 0,
-               goes ? WordOf(p, s) : 0);
+    rows.template Write</*kOfRing=*/false>(p.x + token * p.row_bytes, goes ? dst : -1,
+                                           goes ? p.plan.dest_row[s] : 0, goes ? WordOf(p, s) : 0);
   }
 }
 
@@ -311,14 +316,13 @@ Status LaunchTwoHopTokens(const TwoHopTokens& tokens, const two_hop::Params<Op, 
                                                   of.net};
   const TwoHopTokens& p = params.op;
   const int64_t slot_bytes = two_hop::SlotBytes(p);
-  if (p.row_bytes % 16 != 0 || p.top_k > kMaxKernelTopK ||
-      slot_bytes > params.slot_bytes) {
+  if (p.row_bytes % 16 != 0 || p.top_k > kMaxKernelTopK || slot_bytes > params.slot_bytes) {
     return Status::InvalidArgument(
         std::string(op) + ": expected rows of a multiple of 16 bytes, top_k of at most " +
         std::to_string(kMaxKernelTopK) + " and slots of at most " +
-        std::to_string(params.slot_bytes) + " bytes on CUDA, got " +
-        std::to_string(p.row_bytes) + " bytes, top_k " + std::to_string(p.top_k) +
-        " and slots of " + std::to_string(slot_bytes) + " bytes");
+        std::to_string(params.slot_bytes) + " bytes on CUDA, got " + std::to_string(p.row_bytes) +
+        " bytes, top_k " + std::to_string(p.top_k) + " and slots of " + std::to_string(slot_bytes) +
+        " bytes");
   }
   // All blocks: every end of a ring has a warp.
   return Launch(TwoHopDispatchKernel<Rows, Net>, p.peers.num_sms, kDispatchThreads,

@@ -3,6 +3,7 @@
 
 #include "csrc/ep/two_hop_launch.cuh"
 #include "csrc/ep/two_hop_nvshmem.h"
+#include "csrc/ep/warp_copy.cuh"
 
 namespace wideep {
 namespace {
@@ -12,9 +13,18 @@ struct NvshmemRingNet {
   char* memory;
   char* arena;
   int32_t pe_of_rank[kMaxRanks];
+  char* reached[kMaxRanks];  // another rank's memory, where stores reach it; or null
 
   __device__ void PutWarp(int rank, int64_t to, const char* from, int64_t num_bytes, int64_t signal,
                           uint64_t v) const {
+    if (char* const there = reached[rank]) {
+      CopyWarp(there + to, from, num_bytes);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) {
+        ptx::st_release_sys_u64(reinterpret_cast<uint64_t*>(there + signal), v);
+      }
+      return;
+    }
     nvshmemx_putmem_signal_nbi_warp(memory + to, from, static_cast<size_t>(num_bytes),
                                     reinterpret_cast<uint64_t*>(memory + signal), v,
                                     NVSHMEM_SIGNAL_SET, pe_of_rank[rank]);
@@ -36,9 +46,12 @@ Status NvshmemTwoHopBytes(const ArenaConfig& arena, const std::vector<int>& node
 }
 
 Status MakeNvshmemTwoHop(const NvshmemTwoHopSettings& settings, std::shared_ptr<TwoHop>& out) {
-  NvshmemRingNet net{settings.ring_memory, settings.arena_memory, {}};
+  NvshmemRingNet net{settings.ring_memory, settings.arena_memory, {}, {}};
   for (int rank = 0; rank < settings.arena.num_ranks; ++rank) {
     net.pe_of_rank[rank] = settings.pe_of_rank[rank];
+    if (settings.only_puts) continue;
+    net.reached[rank] =
+        static_cast<char*>(nvshmem_ptr(settings.ring_memory, settings.pe_of_rank[rank]));
   }
   const TwoHopSettings two_hop{{settings.arena, settings.node_of_rank},
                                settings.rank,

@@ -11,7 +11,9 @@
 
 namespace wideep {
 
-/// Of one rank. Rows cross nodes by NVSHMEM's puts with signals.
+/// Of one rank. Rows cross nodes by NVSHMEM's puts with signals; where stores reach the other
+/// rank's memory (virtual nodes of a host), by this library's copies: NVSHMEM's have one load of 16
+/// bytes a thread under way.
 struct NvshmemTwoHopSettings {
   /// Of it: num_ranks, num_experts, top_k, max_row_bytes, num_sms.
   ArenaConfig arena{};
@@ -23,6 +25,8 @@ struct NvshmemTwoHopSettings {
   /// Zeroed NVSHMEM memory of NvshmemTwoHopBytes, the same on every PE.
   char* ring_memory = nullptr;
   int64_t ring_bytes = 0;
+  /// Puts in any case.
+  bool only_puts = false;
 };
 /// Fails, saying what is wrong, for nodes or num_sms that do not do.
 Status NvshmemTwoHopBytes(const ArenaConfig& arena, const std::vector<int>& node_of_rank,

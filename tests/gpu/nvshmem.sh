@@ -7,10 +7,11 @@
 #
 #   one_node   low_latency_suite.py, exchange_suite.py and nvshmem_suite.py at each of $RANKS processes (default: 2 4 8),
 #              arenas in NVSHMEM's memory
-#   nodes      the same over virtual nodes, $NODES (default: 2x1 2x2 2x4 4x2 8x1 8/3; nodes x ranks of each, or ranks / ranks
+#   nodes      the same over virtual nodes, all of whose rows go by NVSHMEM's puts, $NODES (default: 2x1 2x2 2x4 4x2 8x1 8/3; nodes x ranks of each, or ranks / ranks
 #              of a node, of which the last one has what is left)
 #   bench      times the throughput ops at 4096 tokens, hidden 7168, top 8 of 256 experts, 16 SMs a rank: 8 ranks as one
-#              node and as $BENCH_NODES (default: 2x4), and their ratio; figures go to $LOGS/bench_*.jsonl too
+#              node, as $BENCH_NODES (default: 2x4) with this library's copies, and with NVSHMEM's puts only; and the
+#              ratios; figures go to $LOGS/bench_*.jsonl too
 #
 # Default: one_node and nodes. CHECKS, LL_CHECKS, EXCHANGE_CHECKS: checks of the suites; BENCH_OPS: parts of names of the
 # ops of benchmarks/exchange_gpu.py.
@@ -74,16 +75,20 @@ for name in ${@:-one_node nodes}; do
     nodes)
       for shape in $NODES; do
         read_shape "$shape"
-        export WIDEEP_NODE_SIZE=$node_size
+        export WIDEEP_NODE_SIZE=$node_size WIDEEP_NVSHMEM_ONLY_PUTS=1
         suites "nvshmem_${shape//\//_}" "$ranks" "{\"transport\": \"nvshmem\", \"node_size\": $node_size}"
-        unset WIDEEP_NODE_SIZE
+        unset WIDEEP_NODE_SIZE WIDEEP_NVSHMEM_ONLY_PUTS
       done ;;
     bench)
       read_shape "$BENCH_NODES"
       # Chunks of 8: nothing here is low-latency, and arenas' mirrors are of that size.
       bench bench_one_node '{"transport": "nvshmem", "chunk": 8}' &&
         bench bench_nodes "{\"transport\": \"nvshmem\", \"chunk\": 8, \"node_size\": $node_size}" &&
-        step 20 bench_ratio python3 tests/gpu/ratio.py "$LOGS/bench_one_node.jsonl" "$LOGS/bench_nodes.jsonl" ;;
+        WIDEEP_NVSHMEM_ONLY_PUTS=1 \
+          bench bench_puts "{\"transport\": \"nvshmem\", \"chunk\": 8, \"node_size\": $node_size}"
+      for way in nodes puts; do
+        step 20 bench_ratio python3 tests/gpu/ratio.py "$LOGS/bench_one_node.jsonl" "$LOGS/bench_$way.jsonl"
+      done ;;
     *) echo "unknown step $name"; exit 2 ;;
   esac
 done

@@ -18,7 +18,7 @@ GroupSettings Ranks(int num_ranks) {
   group.top_k = 8;
   group.num_sms = 128 / num_ranks > 16 ? 16 : 128 / num_ranks;
   group.max_row_bytes = 8192;
-  group.pool_bytes = 512 << 20;
+  group.pool_bytes = 160 << 20;
   return group;
 }
 
@@ -29,10 +29,10 @@ TEST(EveryOp) {
   for (const std::vector<int>& sizes : kNodes) {
     Group group(Ranks(NumRanks(sizes)), sizes, ++seed);
     for (const DType dtype : kFloatDTypes) {
-      for (const int64_t capacity : {0, 350}) {
+      for (const int64_t capacity : {0, 160}) {
         ExchangeCase c;
         c.dtype = dtype;
-        c.num_tokens = 150;
+        c.num_tokens = 70;
         c.hidden = 1024;
         c.capacity = capacity;
         c.delay_us = 100;
@@ -47,7 +47,7 @@ TEST(EveryRouting) {
   for (const Routing routing : kAllRoutings) {
     ExchangeCase c;
     c.routing = routing;
-    c.num_tokens = 256;
+    c.num_tokens = 70;
     c.hidden = 1024;
     if (!group.Run(c)) return;
   }

@@ -6,6 +6,7 @@
 
 #include "csrc/core/layout.h"
 #include "csrc/core/ptx.h"
+#include "csrc/ep/warp_copy.cuh"
 #include "tests/kernels/late_network.h"
 
 namespace wideep {
@@ -27,19 +28,7 @@ struct RingNet {
       __syncwarp();
       return;
     }
-    // As NVSHMEM copies: a few at a time.
-    constexpr int kAtOnce = 4;
-    for (int64_t at = threadIdx.x % 32 * 16; at < num_bytes; at += kAtOnce * 512) {
-      int4 bits[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (at + i * 512 < num_bytes) bits[i] = ptx::ld_global_no_allocate_v4(from + at + i * 512);
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (at + i * 512 < num_bytes) ptx::st_global_v4(memory[rank] + to + at + i * 512, bits[i]);
-      }
-    }
+    CopyWarp(memory[rank] + to, from, num_bytes);
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
       ptx::st_release_sys_u64(Word(rank, signal), v);

@@ -82,7 +82,7 @@ int64_t TwoHopBytes(const std::vector<int>& node_of_rank, int num_experts, int t
 nb::capsule MakeTwoHop(const Memory& arena, const Memory& rings, int rank,
                        const std::vector<int>& node_of_rank, int num_experts, int top_k,
                        int64_t max_row_bytes, int num_sms, int64_t chunk,
-                       const std::vector<int>& pe_of_rank) {
+                       const std::vector<int>& pe_of_rank, bool only_puts) {
   NvshmemTwoHopSettings settings;
   settings.arena = {
       static_cast<int>(node_of_rank.size()), num_experts, top_k, max_row_bytes, num_sms, chunk};
@@ -92,6 +92,7 @@ nb::capsule MakeTwoHop(const Memory& arena, const Memory& rings, int rank,
   settings.arena_memory = arena.data;
   settings.ring_memory = rings.data;
   settings.ring_bytes = rings.num_bytes;
+  settings.only_puts = only_puts;
   if (pe_of_rank.size() != node_of_rank.size()) {
     throw std::runtime_error("nvshmem transport: a PE and a node for each rank are needed");
   }
@@ -140,6 +141,6 @@ NB_MODULE(_wideep_nvshmem, m) {
         "what make_two_hop's rings take");
   m.def("make_two_hop", MakeTwoHop, nb::arg("arena"), nb::arg("rings"), nb::arg("rank"),
         nb::arg("node_of_rank"), nb::arg("num_experts"), nb::arg("top_k"), nb::arg("max_row_bytes"),
-        nb::arg("num_sms"), nb::arg("chunk"), nb::arg("pe_of_rank"),
+        nb::arg("num_sms"), nb::arg("chunk"), nb::arg("pe_of_rank"), nb::arg("only_puts"),
         "arena: memory that begins with the group's; rings: of two_hop_bytes");
 }

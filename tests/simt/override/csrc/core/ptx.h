@@ -110,12 +110,20 @@ inline int4 ld_global_no_allocate_v4(const void* pointer, Site site = Site::Here
   simt::Load16(&v, pointer, site);
   return v;
 }
+inline int4 ld_global_no_allocate_cache_hint_v4(const void* pointer, uint64_t,
+                                                Site site = Site::Here()) {
+  return ld_global_no_allocate_v4(pointer, site);
+}
 inline void st_global_v4(void* pointer, int4 v, Site site = Site::Here()) {
   simt::Store16(pointer, &v, site);
 }
 
 inline void cp_async_bulk_load(uint32_t smem, const void* pointer, uint32_t bytes,
                                uint32_t mbarrier, Site site = Site::Here()) {
+  simt::BulkLoad(smem, pointer, bytes, mbarrier, site);
+}
+inline void cp_async_bulk_load_cache_hint(uint32_t smem, const void* pointer, uint32_t bytes,
+                                          uint32_t mbarrier, uint64_t, Site site = Site::Here()) {
   simt::BulkLoad(smem, pointer, bytes, mbarrier, site);
 }
 inline void cp_async_bulk_store(void* pointer, uint32_t smem, uint32_t bytes,
