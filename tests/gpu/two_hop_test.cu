@@ -32,8 +32,8 @@ TEST(EveryOp) {
       for (const int64_t capacity : {0, 160}) {
         ExchangeCase c;
         c.dtype = dtype;
-        c.num_tokens = 70;
-        c.hidden = 1024;
+        c.num_tokens = 60;
+        c.hidden = 256;
         c.capacity = capacity;
         c.delay_us = 100;
         if (!group.RunAndCount(c)) return;
@@ -47,8 +47,8 @@ TEST(EveryRouting) {
   for (const Routing routing : kAllRoutings) {
     ExchangeCase c;
     c.routing = routing;
-    c.num_tokens = 70;
-    c.hidden = 1024;
+    c.num_tokens = 100;
+    c.hidden = 64;
     if (!group.Run(c)) return;
   }
 }
@@ -58,7 +58,7 @@ TEST(ManyTimesWithDelays) {
   for (int repeat = 0; repeat < 50; ++repeat) {
     ExchangeCase c;
     c.num_tokens = repeat % 5 == 0 ? 1 : 40 + repeat;
-    c.hidden = 512;
+    c.hidden = 64;
     c.delay_us = 300;
     if (!group.Run(c)) return;
   }
@@ -68,7 +68,7 @@ TEST(Masks) {
   Group group(Ranks(8), {4, 4}, 13);
   ExchangeCase c;
   c.num_tokens = 100;
-  c.hidden = 512;
+  c.hidden = 128;
   for (const uint32_t masked : {0x02u, 0xf0u, 0x7eu, 0x00u}) {
     c.masked = masked;
     c.masked_run = masked != 0x02u;
