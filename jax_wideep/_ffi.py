@@ -23,6 +23,7 @@ from jax._src import core as _core
 from jax._src import dispatch as _dispatch
 from jax._src import distributed as _distributed
 from jax._src import xla_bridge as _xla_bridge
+from jax._src.lib.mlir.dialects import hlo as _hlo
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
@@ -202,7 +203,7 @@ def exchange_primitive(
     mlir.register_lowering(primitive, lower, platform="cpu")
     if cuda_attrs is not None:
         lower = _custom_call(name, attrs | cuda_attrs, has_side_effect=True, taken=cuda_operands)
-        mlir.register_lowering(primitive, lower, platform="cuda")
+        mlir.register_lowering(primitive, _apart(lower), platform="cuda")
     return primitive
 
 
@@ -265,6 +266,21 @@ def _custom_call(
     def _lowering(ctx: Any, *operands: Any, **params: Any) -> Any:
         ctx = ctx.replace(avals_in=ctx.avals_in[taken])
         return lower(ctx, *operands[taken], **{key: c_type(params[key]) for key, c_type in attrs.items()})
+
+    return _lowering
+
+
+def _apart(lower: Callable[..., Any]) -> Callable[..., Any]:
+    """A lowering whose operands and results XLA's passes cannot join with what comes before and after.
+
+    XLA for GPUs puts a custom call into one fusion with slices that it reads and updates that it goes into
+    (DynamicSliceFusion). A call with several results and a side effect then stays where it was, too: it runs twice, the
+    second time wherever the scheduler puts it, where a rank waits for what was overwritten.
+    """
+
+    def _lowering(ctx: Any, *operands: Any, **params: Any) -> Any:
+        results = lower(ctx, *_hlo.OptimizationBarrierOp(operands).results, **params)
+        return list(_hlo.OptimizationBarrierOp(results).results)
 
     return _lowering
 

@@ -10,9 +10,34 @@ import pytest
 import jax_wideep as wep
 
 
+class Barriers:
+    """The optimization barriers of a program: from what leaves one to what goes in."""
+
+    def __init__(self, text):
+        self._before = {}
+        pattern = r"(%\w+)(?::(\d+))? = stablehlo.optimization_barrier ([^:]*) :"
+        for result, number, operands in re.findall(pattern, text):
+            names = [f"{result}#{i}" for i in range(int(number))] if number else [result]
+            self._before |= dict(zip(names, operands.split(", "), strict=True))
+
+    def before(self, name):
+        """What has become `name` behind one or more of them."""
+        assert name in self._before, f"{name} leaves no barrier"
+        while name in self._before:
+            name = self._before[name]
+        return name
+
+    def take(self, name):
+        """Whether one takes it, or its results."""
+        return any(taken.split("#")[0] == name for taken in self._before.values())
+
+
 @pytest.fixture
 def lowered(make_group):
-    """Makes a function that gives the custom calls of `body` on every rank: (result, target, operands)."""
+    """Makes a function that gives the custom calls of `body` on every rank: (result, target, operands).
+
+    All of them stand between barriers; without, XLA for GPUs would join them with slices and run some twice.
+    """
     group = make_group(4, num_experts=8, top_k=2, hidden=256, chunk=6, backend="cpu")
     object.__setattr__(group, "backend", "cuda")
 
@@ -23,9 +48,13 @@ def lowered(make_group):
         ]
         function = oracle.on_ranks(group, lambda *arrays: body(group, *arrays))
         text = function.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        barriers = Barriers(text)
         pattern = r"(%\w+)(?::\d+)? = stablehlo.custom_call @wideep_(\w+)\(([^)]*)\)"
+        found = re.findall(pattern, text)
+        assert all(barriers.take(result) for result, _, _ in found)
         return [
-            (result, target, operands.split(", ")) for result, target, operands in re.findall(pattern, text)
+            (result, target, [barriers.before(operand) for operand in operands.split(", ")])
+            for result, target, operands in found
         ]
 
     return calls
