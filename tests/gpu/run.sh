@@ -99,7 +99,7 @@ for name in ${@:-cpp suite killed}; do
       note microbatches 'ranks, one / two|failed' ;;
     drop_in)
       step 240 drop_in env "PYTHONPATH=$PWD:${PYTHONPATH:-}" python3 examples/drop_in.py ${DROP_IN:---dtype bfloat16
-        --hidden 1024 --ffn 512 --layers 4 --experts 32 --top-k 4 --batch 32 --seq 256 --steps 30}
+        --hidden 1024 --ffn 512 --layers 4 --experts 32 --top-k 4 --batch 32 --seq 256 --steps 60 --learning-rate 3e-4}
       note drop_in 'ms a step|losses differ' ;;
     memory)
       start_mps

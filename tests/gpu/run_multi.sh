@@ -125,7 +125,7 @@ run() {
       rm -rf "$runs" ;;
     drop_in)
       one_process drop_in 1 examples/drop_in.py ${DROP_IN:---dtype bfloat16 --hidden 1024 --ffn 512 --layers 4
-        --experts 32 --top-k 4 --batch 64 --seq 256 --steps 30} ;;
+        --experts 32 --top-k 4 --batch 64 --seq 256 --steps 60 --learning-rate 3e-4} ;;
     microbatches)
       processes microbatches "$gpus" benchmarks/microbatches.py --json "$LOGS/microbatches.jsonl" \
         ${MICROBATCHES:---tokens 4096 --decode-tokens 64 --hidden 4096 --ffn 1024 --experts 64 --layers 2} ;;
