@@ -157,6 +157,7 @@ EXCHANGE_CUDA_HEADERS = [
     "csrc/ep/low_latency_receive.cuh",
     "csrc/ep/low_latency_relayed.h",
     "csrc/ep/low_latency_send.cuh",
+    "csrc/ep/mapped_net.cuh",
     "csrc/ep/node_arrivals.cuh",
     "csrc/ep/peer_context.h",
     "csrc/ep/plan.cuh",
@@ -166,14 +167,15 @@ EXCHANGE_CUDA_HEADERS = [
     "csrc/ep/quantize.h",
     "csrc/ep/ring.cuh",
     "csrc/ep/row_sum.cuh",
-    "csrc/ep/warp_copy.cuh",
     "csrc/ep/two_hop.h",
     "csrc/ep/two_hop_combine.cuh",
     "csrc/ep/two_hop_combine_grad.cuh",
     "csrc/ep/two_hop_dispatch.cuh",
     "csrc/ep/two_hop_launch.cuh",
+    "csrc/ep/two_hop_mapped.h",
     "csrc/ep/two_hop_plan.cuh",
     "csrc/ep/two_hop_rank.cuh",
+    "csrc/ep/two_hop_settings.h",
     "csrc/ep/zero_tail.cuh",
     "csrc/transport/device_memory.h",
     "csrc/transport/peer.h",
@@ -212,6 +214,9 @@ NVSHMEM_SOURCES = [
     "csrc/transport/nvshmem.cu",
     "xla_ffi/nvshmem/module.cc",
 ]
+
+# Virtual nodes of one host: nothing of NVSHMEM's is called.
+MAPPED_NODES_SOURCES = ["csrc/ep/two_hop_mapped.cu"]
 
 NVSHMEM_HEADERS = [
     "csrc/ep/two_hop_nvshmem.h",

@@ -14,6 +14,11 @@ if(NOT WIDEEP_NVSHMEM_HOME)
 endif()
 read_source_list(NVSHMEM_SOURCES)
 
+# Kernels that call nothing of NVSHMEM's: compiled as a whole, since separate compilation keeps the compiler from inlining.
+read_source_list(MAPPED_NODES_SOURCES)
+add_library(wideep_mapped_nodes STATIC ${MAPPED_NODES_SOURCES})
+target_include_directories(wideep_mapped_nodes PRIVATE ${CMAKE_SOURCE_DIR})
+
 nanobind_add_module(_wideep_nvshmem NB_STATIC NOMINSIZE ${NVSHMEM_SOURCES})
 # Device code calls NVSHMEM's, which is linked to it here.
 set_target_properties(_wideep_nvshmem PROPERTIES CUDA_SEPARABLE_COMPILATION ON CUDA_RESOLVE_DEVICE_SYMBOLS ON)
@@ -23,7 +28,7 @@ target_include_directories(_wideep_nvshmem SYSTEM PRIVATE ${WIDEEP_NVSHMEM_HOME}
 foreach(folder IN LISTS CUDAToolkit_INCLUDE_DIRS)
   target_include_directories(_wideep_nvshmem SYSTEM PRIVATE ${folder}/cccl)
 endforeach()
-target_link_libraries(_wideep_nvshmem PRIVATE ${WIDEEP_NVSHMEM_HOME}/lib/libnvshmem_device.a
+target_link_libraries(_wideep_nvshmem PRIVATE wideep_mapped_nodes ${WIDEEP_NVSHMEM_HOME}/lib/libnvshmem_device.a
                                               ${WIDEEP_NVSHMEM_HOME}/lib/libnvshmem_host.so.3 CUDA::cudart_static)
 set_target_properties(_wideep_nvshmem PROPERTIES SKIP_BUILD_RPATH ON)
 install(TARGETS _wideep_nvshmem LIBRARY DESTINATION jax_wideep)

@@ -10,20 +10,12 @@
 #include "csrc/ep/two_hop.h"
 #include "csrc/ep/two_hop_combine.cuh"
 #include "csrc/ep/two_hop_combine_grad.cuh"
-#include "csrc/ep/two_hop_config.h"
 #include "csrc/ep/two_hop_dispatch.cuh"
 #include "csrc/ep/two_hop_plan.cuh"
 #include "csrc/ep/two_hop_rank.cuh"
+#include "csrc/ep/two_hop_settings.h"
 
 namespace wideep {
-
-struct TwoHopSettings {
-  two_hop::GroupShape shape;
-  int rank = 0;
-  /// Registered and zeroed, two_hop::MemoryBytes, at the same place on every rank.
-  char* memory = nullptr;
-  int64_t memory_bytes = 0;
-};
 
 template <typename Net>
 class TwoHopOverNet : public TwoHop {

@@ -2,8 +2,8 @@
 #include <nvshmemx.h>
 
 #include "csrc/ep/two_hop_launch.cuh"
+#include "csrc/ep/two_hop_mapped.h"
 #include "csrc/ep/two_hop_nvshmem.h"
-#include "csrc/ep/warp_copy.cuh"
 
 namespace wideep {
 namespace {
@@ -13,18 +13,9 @@ struct NvshmemRingNet {
   char* memory;
   char* arena;
   int32_t pe_of_rank[kMaxRanks];
-  char* reached[kMaxRanks];  // another rank's memory, where stores reach it; or null
 
   __device__ void PutWarp(int rank, int64_t to, const char* from, int64_t num_bytes, int64_t signal,
                           uint64_t v) const {
-    if (char* const there = reached[rank]) {
-      CopyWarp(there + to, from, num_bytes);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) {
-        ptx::st_release_sys_u64(reinterpret_cast<uint64_t*>(there + signal), v);
-      }
-      return;
-    }
     nvshmemx_putmem_signal_nbi_warp(memory + to, from, static_cast<size_t>(num_bytes),
                                     reinterpret_cast<uint64_t*>(memory + signal), v,
                                     NVSHMEM_SIGNAL_SET, pe_of_rank[rank]);
@@ -46,18 +37,22 @@ Status NvshmemTwoHopBytes(const ArenaConfig& arena, const std::vector<int>& node
 }
 
 Status MakeNvshmemTwoHop(const NvshmemTwoHopSettings& settings, std::shared_ptr<TwoHop>& out) {
-  NvshmemRingNet net{settings.ring_memory, settings.arena_memory, {}, {}};
-  for (int rank = 0; rank < settings.arena.num_ranks; ++rank) {
-    net.pe_of_rank[rank] = settings.pe_of_rank[rank];
-    if (settings.only_puts) continue;
-    net.reached[rank] =
-        static_cast<char*>(nvshmem_ptr(settings.ring_memory, settings.pe_of_rank[rank]));
-  }
   const TwoHopSettings two_hop{{settings.arena, settings.node_of_rank},
                                settings.rank,
                                settings.ring_memory,
                                settings.ring_bytes};
-  return MakeTwoHop(two_hop, net, out);
+  NvshmemRingNet net{settings.ring_memory, settings.arena_memory, {}};
+  MappedNet mapped{};
+  bool reaches_all = true;
+  for (int rank = 0; rank < settings.arena.num_ranks; ++rank) {
+    const int pe = settings.pe_of_rank[rank];
+    net.pe_of_rank[rank] = pe;
+    mapped.memory[rank] = static_cast<char*>(nvshmem_ptr(settings.ring_memory, pe));
+    mapped.arenas[rank] = static_cast<char*>(nvshmem_ptr(settings.arena_memory, pe));
+    reaches_all &= mapped.memory[rank] != nullptr;
+  }
+  return reaches_all && !settings.only_puts ? MakeMappedTwoHop(two_hop, mapped, out)
+                                            : MakeTwoHop(two_hop, net, out);
 }
 
 }  // namespace wideep
