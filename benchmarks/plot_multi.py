@@ -149,9 +149,7 @@ def draw(records: list[Record], out: pathlib.Path) -> None:
                 [r["sms"] for r in points], [r["gb_per_s"] for r in points], "o-", label=way, markersize=4
             )
     link.set(title="plain copies between neighbours", xlabel="SMs", ylabel="GB/s that a GPU sends", ylim=0)
-    ops = [
-        r for r in of_kind(records, "exchange_jax") if r["routing"] == "uniform" and not r.get("group")
-    ]
+    ops = [r for r in of_kind(records, "exchange_jax") if r["routing"] == "uniform" and not r.get("group")]
     for op, colour in COLOURS.items():
         points = sorted((r for r in ops if r["op"] == op), key=lambda r: r["num_sms"])
         exchange.plot(
@@ -173,15 +171,18 @@ def draw(records: list[Record], out: pathlib.Path) -> None:
             combine = [r["layer_us"] - r["dispatch_us"] for r in points]
             latency.plot(tokens, combine, style, color="#009e73", label="combine")
     latency.set(title="low latency, captured", xlabel="tokens a rank", ylabel="microseconds")
-    latency.set_xscale("log", base=2)
-    latency.set_yscale("log", base=2)
-    for axis in (latency.xaxis, latency.yaxis):
-        axis.set_major_formatter("{x:.0f}")
+    if of_kind(records, "loop of exchanges"):
+        latency.set_xscale("log", base=2)
+        latency.set_yscale("log", base=2)
+        for axis in (latency.xaxis, latency.yaxis):
+            axis.set_major_formatter("{x:.0f}")
     calls = [r for r in of_kind(records, "exchange") if r["op"] == "plan + dispatch + combine"]
     bars = {r["implementation"]: r["median_ms"] for r in calls if not r["file"].endswith("_false")}
     whole.barh(list(bars), list(bars.values()), color="#56b4e9")
     whole.invert_yaxis()
-    whole.set(title="plan + dispatch + combine,\nwhole calls", xlabel="milliseconds", xscale="log")
+    whole.set(title="plan + dispatch + combine,\nwhole calls", xlabel="milliseconds")
+    if bars:
+        whole.set_xscale("log")
     for axis in axes[:3]:
         if axis.lines:  # what was measured in this run
             axis.legend(fontsize=7, frameon=False)

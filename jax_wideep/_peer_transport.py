@@ -212,10 +212,10 @@ def choose_forms(settings: PeerSettings, shares_memory: bool) -> tuple[str, str]
     """Forms of dispatch and combine.
 
     A token with k experts has rows at d = R * (1 - (1 - 1/R) ** k) ranks in the mean. Where k / d is small, or where
-    all ranks' memory is the same memory, dispatch writes every row (push); otherwise each token crosses once per rank
-    (pull): 581 against 839 us on two H100s over NVLink (docs/performance_exchange.md). Combine always reads every row
-    (pull). Push goes through rings, which cost more than the bytes they save; reduce would be the counterpart of
-    dispatch's pull, by the same rule.
+    all ranks' memory is the same memory, dispatch writes every row (push) and combine reads every row (pull); otherwise
+    each token crosses once per rank, in dispatch (pull) and back, summed (reduce): 581 against 839 us and 462 against
+    721 us on two H100s over NVLink (docs/performance_exchange.md). Combine's push goes through rings, which cost more
+    than the bytes they save.
     """
     every_row = shares_memory or not _once_per_rank_pays(settings.num_ranks, settings.top_k)
     dispatch_form: str = settings.dispatch_form
@@ -223,7 +223,7 @@ def choose_forms(settings: PeerSettings, shares_memory: bool) -> tuple[str, str]
     if dispatch_form == "auto":
         dispatch_form = "push" if every_row else "pull"
     if combine_form == "auto":
-        combine_form = "pull"
+        combine_form = "pull" if every_row else "reduce"
     return dispatch_form, combine_form
 
 

@@ -59,7 +59,7 @@ class ExpertGroup:
         and send one row per token and rank through the rings, which rounds those partial sums to the rows' dtype;
         "reduce" has them sum first into scratch memory, as large as `y`, from which the home ranks read: the same
         bytes between ranks without the rings, for GPUs of their own. Its rounding is push's; a row that is alone at
-        its rank, or at home, is not rounded. "auto" is pull.
+        its rank, or at home, is not rounded. "auto": pull where dispatch's is push, otherwise reduce.
       transport: on the backend "cuda": "peer" has GPUs of one host map each other's memory; "nvshmem" takes NVSHMEM's
         memory, which reaches other hosts too (one process for each GPU; `pip install nvidia-nvshmem-cu13`, and a build
         with it). Over several nodes a token crosses once to each node that hosts experts of it, in the one way there

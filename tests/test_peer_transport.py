@@ -240,12 +240,13 @@ def test_rule_of_forms():
         settings = peer_settings(np.zeros((num_ranks, 1)), top_k=top_k, **asked)
         return _peer_transport.choose_forms(settings, shares_memory)
 
-    assert forms(8, 8) == ("pull", "pull")  # 5.25 ranks a token
+    assert forms(8, 8) == ("pull", "reduce")  # 5.25 ranks a token
     assert forms(8, 8, shares_memory=True) == ("push", "pull")
     assert forms(16, 4) == ("push", "pull")
     assert forms(1, 8) == ("push", "pull")
     assert forms(8, 8, dispatch_form="push", combine_form="push") == ("push", "push")
-    assert forms(8, 8, combine_form="reduce") == ("pull", "reduce")
+    assert forms(8, 8, combine_form="pull") == ("pull", "pull")
+    assert forms(16, 4, combine_form="reduce") == ("push", "reduce")
 
 
 @pytest.mark.parametrize(("combine_form", "form", "num_results"), [("push", 1, 1), ("reduce", 2, 2)])

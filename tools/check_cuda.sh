@@ -1,5 +1,5 @@
 #!/bin/bash
-# Compiles the CUDA module with nvcc and checks what came out; no GPU needed. Where there is no nvcc it says so and
+# Compiles the CUDA module, GPU tests and benchmarks with nvcc and checks what came out; no GPU needed. Where there is no nvcc it says so and
 # succeeds. Where PYTHON has nvidia-nvshmem-cu13, or WIDEEP_NVSHMEM_HOME has its include and lib, the module
 # _wideep_nvshmem too.
 #
@@ -40,6 +40,13 @@ if [ -n "$unexpected" ]; then fail "$module needs $unexpected"; fi
 PYTHONPATH=$BUILD_DIR "$PYTHON" -c "import _wideep_cuda; print(sorted(_wideep_cuda.handlers()))" ||
   fail "the module does not import without a driver"
 echo "check_cuda: $module, $seconds s"
+
+# What runs on a GPU beside it: compiled, not run.
+programs=(exchange_gpu_test two_hop_gpu_test low_latency_gpu_test gemm_test swiglu_test
+  exchange_benchmark low_latency_benchmark peer_copy_benchmark gemm_benchmark)
+timeout $LIMIT_S cmake --build "$BUILD_DIR" --parallel 2 --target "${programs[@]}" >"$log" 2>&1 ||
+  { grep -E "error|FAILED" "$log" | head -n 30; fail "the build of ${programs[*]} failed"; }
+echo "check_cuda: ${#programs[@]} programs"
 
 nvshmem=${WIDEEP_NVSHMEM_HOME:-$("$PYTHON" -c 'import nvidia.nvshmem as m; print(list(m.__path__)[0])' 2>/dev/null)}
 if [ -z "$nvshmem" ]; then

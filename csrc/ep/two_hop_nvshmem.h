@@ -12,8 +12,8 @@
 namespace wideep {
 
 /// Of one rank. Rows cross nodes by NVSHMEM's puts with signals; where stores reach all ranks'
-/// memory (virtual nodes of a host), by stores (MappedNet): NVSHMEM's puts have one load of 16 bytes
-/// a thread under way there.
+/// memory (virtual nodes of a host), by stores (MappedNet): NVSHMEM's puts have one load of 16
+/// bytes a thread under way there.
 struct NvshmemTwoHopSettings {
   /// Of it: num_ranks, num_experts, top_k, max_row_bytes, num_sms.
   ArenaConfig arena{};

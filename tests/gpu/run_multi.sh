@@ -128,7 +128,7 @@ run() {
         --experts 32 --top-k 4 --batch 64 --seq 256 --steps 60 --learning-rate 3e-4} ;;
     microbatches)
       processes microbatches "$gpus" benchmarks/microbatches.py --json "$LOGS/microbatches.jsonl" \
-        ${MICROBATCHES:---tokens 4096 --decode-tokens 64 --hidden 4096 --ffn 1024 --experts 64 --layers 2} ;;
+        ${MICROBATCHES:---tokens 4096 --decode-tokens 64 --hidden 4096 --ffn 1024 --experts 32 --layers 2} ;;
     decode) processes decode "$gpus" jax_wideep.bench decode --json "$LOGS/decode.jsonl" ${DECODE:-} ;;
     overlap)
       processes overlap --xla-flag=--xla_allow_excess_precision=false "$gpus" examples/decode_overlap.py \
