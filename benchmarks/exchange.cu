@@ -2,7 +2,7 @@
 //
 //   exchange_benchmark [--ranks=8 --tokens=4096 --hidden=7168 --top-k=8 --experts=256 --sms=16
 //                       --routing=uniform|zipf|hot --iterations=20 --ops=PART,.. --variants --sweep
-//                       --node-size=0 --under-way=400 --json=FILE --date=DATE]
+//                       --node-size=0 --under-way=800 --json=FILE --date=DATE]
 //
 // --sms: of each rank; by default 16, or all of the GPU for a single rank. --routing: experts drawn
 // uniformly, by zipf(1.2) in a shuffled order, or with expert 0 as every token's first. --ops:
@@ -46,7 +46,7 @@ using Ranks = testing::VirtualRanks<SlabMachine>;
 struct Options {
   int ranks = 8, top_k = 8, experts = 256, iterations = 20;
   int sms = 0;  // 0: the default
-  int node_size = 0, under_way = 400;
+  int node_size = 0, under_way = 800;
   int64_t tokens = 4096, hidden = 7168;
   std::string routing = "uniform";
   std::vector<std::string> ops;

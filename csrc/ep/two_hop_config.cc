@@ -103,12 +103,12 @@ Status MakeConfig(const GroupShape& shape, uint32_t masked, int64_t num_bytes, C
     config.num_channels -= config.num_channels % arena.num_sms;
   const int num_rings = config.num_channels * std::max(config.nodes.num_nodes - 1, 1);
   config.across_slots = std::clamp(shape.tokens_under_way / num_rings, kMinSlots, kMaxSlots);
-  // Half a ring: the other half is read meanwhile.
-  config.across_batch = config.across_slots / 2;
+  // A part of a ring: others are read, and on their way, meanwhile.
+  config.across_batch = std::max(1, config.across_slots / 4);
   if (num_bytes == 0) return Status();
   // Ranks left in nodes of very different sizes need more rings: shorter ones, then fewer.
   while (BytesOf(config) > num_bytes && config.across_slots > 1) {
-    config.across_batch = std::max(1, --config.across_slots / 2);
+    config.across_batch = std::max(1, --config.across_slots / 4);
   }
   while (BytesOf(config) > num_bytes && config.num_channels > 1) --config.num_channels;
   if (BytesOf(config) > num_bytes) {

@@ -21,7 +21,7 @@ struct GroupShape {
   std::vector<int> node_of_rank;  // [num_ranks], never falling
   /// Room in a rank's rings, in tokens, about: enough for a network, and so few that they can stay
   /// in the GPU's cache.
-  int tokens_under_way = 400;
+  int tokens_under_way = 800;
 };
 
 /// A rank as its kernels know it. They read it in registered memory, where a mask changes it: what
