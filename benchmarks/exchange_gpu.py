@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
-from world import AXIS, World
+from world import AXIS, World, group_settings
 
 import jax_wideep as wep
 from jax_wideep import _exchange_ops, _ffi, _kernels
@@ -289,7 +289,7 @@ def main() -> None:
             if arguments.json and world.process == 0:
                 with open(arguments.json, "a") as file:
                     machine = {"device": kind, "date": arguments.date, "copy_gb_s": round(copy_speed / 1e9)}
-                    machine["group"] = world.group_settings
+                    machine["group"] = group_settings()
                     file.write(json.dumps(figure | machine) + "\n")
 
 

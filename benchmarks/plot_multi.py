@@ -34,7 +34,7 @@ EXPERTS = 256  # of exchange_gpu.py
 def read(folder: pathlib.Path) -> list[Record]:
     files = sorted(folder.glob("*.jsonl"))
     records = [
-        {"file": file.stem} | json.loads(line)
+        {"file": file.stem, "group": {}} | json.loads(line)
         for file in files
         for line in file.read_text().splitlines()
         if line.strip()
@@ -149,7 +149,7 @@ def draw(records: list[Record], out: pathlib.Path) -> None:
                 [r["sms"] for r in points], [r["gb_per_s"] for r in points], "o-", label=way, markersize=4
             )
     link.set(title="plain copies between neighbours", xlabel="SMs", ylabel="GB/s that a GPU sends", ylim=0)
-    ops = [r for r in of_kind(records, "exchange_jax") if r["routing"] == "uniform" and not r.get("group")]
+    ops = [r for r in of_kind(records, "exchange_jax") if r["routing"] == "uniform" and not r["group"]]
     for op, colour in COLOURS.items():
         points = sorted((r for r in ops if r["op"] == op), key=lambda r: r["num_sms"])
         exchange.plot(
@@ -211,8 +211,8 @@ def main() -> None:
     ):
         chosen = of_kind(records, kind)
         # Settings of the group other than the defaults.
-        for group in dict.fromkeys(json.dumps(record.get("group") or {}) for record in chosen):
-            part = [record for record in chosen if (record.get("group") or {}) == json.loads(group)]
+        for group in dict.fromkeys(json.dumps(record["group"]) for record in chosen):
+            part = [record for record in chosen if json.dumps(record["group"]) == group]
             print(f"### {kind}{'' if group == '{}' else f', {group}'}\n{make(part)}")
     if arguments.out is not None:
         draw(records, arguments.out)

@@ -10,7 +10,6 @@ for it.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import sys
@@ -22,7 +21,7 @@ import numpy as np
 import oracle
 from launch import PLANNED_DEATH
 from leaving import leave
-from world import World
+from world import World, group_settings
 
 import jax_wideep as wep
 
@@ -41,7 +40,7 @@ PATHS = {
 
 def paths(*names: str) -> list[dict[str, str]]:
     """Settings of these paths, by default of all. A group over nodes (WIDEEP_GROUP, node_size) has one path."""
-    if "node_size" in json.loads(os.environ.get("WIDEEP_GROUP", "{}")):
+    if "node_size" in group_settings():
         return [{}]
     return [PATHS[name] for name in names or PATHS]
 

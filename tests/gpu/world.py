@@ -24,6 +24,11 @@ from jax_wideep import _ffi
 AXIS = "expert"
 
 
+def group_settings() -> dict[str, Any]:
+    """Of all groups, unless the script has its own."""
+    return json.loads(os.environ.get("WIDEEP_GROUP", "{}"))
+
+
 class World:
     """All ranks, and those of this process.
 
@@ -51,11 +56,10 @@ class World:
         self.local_ranks = [r for r, d in enumerate(self.devices) if d.process_index == jax.process_index()]
         # Of groups that are to fail. On CPU sockets tell that a process has ended, and nobody waits for so long.
         self.deadline_s = 1.0 if self.backend == "cuda" else 30.0
-        self.group_settings = json.loads(os.environ.get("WIDEEP_GROUP", "{}"))
         self._barriers = 0
 
     def group(self, **settings: Any) -> wep.ExpertGroup:
-        asked = {"backend": self.backend, **self.group_settings, **settings}
+        asked = {"backend": self.backend, **group_settings(), **settings}
         return wep.ExpertGroup(self.mesh, axis=AXIS, **asked)
 
     def put(self, array: np.ndarray) -> jax.Array:
