@@ -38,6 +38,7 @@ HOST_HEADERS = [
     "csrc/ep/two_hop_config.h",
     "csrc/ep/two_hop_layout.h",
     "csrc/ep/two_hop_protocol.h",
+    "csrc/ep/two_hop_roles.h",
     "csrc/transport/host_arena.h",
     "csrc/transport/host_peers.h",
     "csrc/transport/host_rendezvous.h",

@@ -9,7 +9,7 @@
 // those whose name has one of the parts. --variants: also tunings that are not the default.
 // --sweep: one of tokens, hidden, top-k, ranks, SMs and routing at a time, around the point that
 // the other options give. --node-size: also the ops between virtual nodes of so many ranks, over a
-// network that copies, with rings of --under-way tokens a rank; 0: none.
+// network of stores, with rings of --under-way tokens a rank; 0: none.
 //
 // Time: whole op, all ranks, from the first start to the last end, over `iterations` ops in a row;
 // the median of 5 such graphs (in a sweep, above 1.5 ms, 3 of half as many). Floor: the least bytes
@@ -29,10 +29,10 @@
 #include "benchmarks/virtual_ranks_timing.h"
 #include "csrc/ep/combine.h"
 #include "csrc/ep/dispatch.h"
+#include "csrc/ep/mapped_net.cuh"
 #include "csrc/ep/plan.h"
 #include "csrc/ep/quantize.h"
 #include "csrc/ep/two_hop_launch.cuh"
-#include "tests/kernels/ring_net.h"
 #include "tests/kernels/virtual_ranks.h"
 
 namespace wideep {
@@ -247,7 +247,7 @@ class Bench {
 
   void SetUpNodes() {
     const int64_t num_bytes = RingBytes(o_);
-    testing::RingNet net{};
+    MappedNet net{};
     for (int r = 0; r < o_.ranks; ++r) {
       net.memory[r] = static_cast<char*>(ranks_.machine().Allocate(r, num_bytes));
       net.arenas[r] = ranks_.context(r).arena;

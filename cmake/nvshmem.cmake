@@ -23,6 +23,8 @@ nanobind_add_module(_wideep_nvshmem NB_STATIC NOMINSIZE ${NVSHMEM_SOURCES})
 # Device code calls NVSHMEM's, which is linked to it here.
 set_target_properties(_wideep_nvshmem PROPERTIES CUDA_SEPARABLE_COMPILATION ON CUDA_RESOLVE_DEVICE_SYMBOLS ON)
 target_include_directories(_wideep_nvshmem PRIVATE ${CMAKE_SOURCE_DIR})
+# What its kernels call is compiled on its own, for registers that a block of 512 threads has.
+set_source_files_properties(csrc/ep/two_hop_nvshmem.cu PROPERTIES COMPILE_OPTIONS -maxrregcount=128)
 # NVSHMEM's headers want those of CCCL, which lie in a folder of their own from CUDA 13 on.
 target_include_directories(_wideep_nvshmem SYSTEM PRIVATE ${WIDEEP_NVSHMEM_HOME}/include)
 foreach(folder IN LISTS CUDAToolkit_INCLUDE_DIRS)

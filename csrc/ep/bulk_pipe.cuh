@@ -48,9 +48,7 @@ class BulkPipe {
   }
 
   __device__ void Wait() {
-    const uint32_t barrier = barriers_ + 8 * (stored_ % num_stages_);
-    const uint32_t parity = stored_ / num_stages_ & 1;
-    while (!ptx::mbarrier_try_wait_parity_acquire_cta(barrier, parity)) {
+    while (!ptx::mbarrier_try_wait_parity_acquire_cta(barriers_ + 8 * store_stage_, parity_)) {
     }
   }
 
@@ -65,29 +63,32 @@ class BulkPipe {
 
   __device__ void Release() {
     ptx::cp_async_bulk_commit_group();
-    ++stored_;
+    Drop();
   }
 
   /// Instead of Store and Release: the oldest piece, to be read by ordinary loads, and the end of
   /// that. The next Load has a warp barrier before it overwrites the buffer.
-  __device__ const char* Data() const {
-    return generic_buffers_ + stored_ % num_stages_ * piece_bytes_;
+  __device__ const char* Data() const { return generic_buffers_ + store_stage_ * piece_bytes_; }
+  __device__ void Drop() {
+    if (++store_stage_ == num_stages_) {
+      store_stage_ = 0;
+      parity_ ^= 1;
+    }
   }
-  __device__ void Drop() { ++stored_; }
 
  private:
   template <typename Start>
   __device__ void LoadBy(uint32_t num_bytes, Start start) {
-    if (loaded_ >= num_stages_) ptx::cp_async_bulk_wait_group_read<0>();
+    ptx::cp_async_bulk_wait_group_read<0>();
     __syncwarp();
     if (lane_ == 0) {
-      const int stage = loaded_ % num_stages_;
-      ptx::mbarrier_arrive_expect_tx_release_cta(barriers_ + 8 * stage, num_bytes);
-      start(buffers_ + stage * piece_bytes_, barriers_ + 8 * stage);
+      const uint32_t barrier = barriers_ + 8 * load_stage_;
+      ptx::mbarrier_arrive_expect_tx_release_cta(barrier, num_bytes);
+      start(buffers_ + load_stage_ * piece_bytes_, barrier);
     }
-    ++loaded_;
+    if (++load_stage_ == num_stages_) load_stage_ = 0;
   }
-  __device__ uint32_t Oldest() const { return buffers_ + stored_ % num_stages_ * piece_bytes_; }
+  __device__ uint32_t Oldest() const { return buffers_ + store_stage_ * piece_bytes_; }
 
   const char* const generic_buffers_;
   const uint32_t buffers_;
@@ -96,8 +97,9 @@ class BulkPipe {
   const int piece_bytes_;
   const int num_stages_;
   const int lane_;
-  int loaded_ = 0;
-  int stored_ = 0;
+  int load_stage_ = 0;
+  int store_stage_ = 0;
+  uint32_t parity_ = 0;  // of the round of stages that is stored
 };
 
 }  // namespace wideep

@@ -9,8 +9,11 @@
 
 namespace wideep {
 
-/// Puts are stores of the calling lanes, each word a release by lane 0.
+/// Slots are written where they are read. Puts are stores of the calling lanes, each word a release
+/// by lane 0.
 struct MappedNet {
+  static constexpr bool kInPlace = true;
+
   char* memory[kMaxRanks];  // registered, of each rank
   char* arenas[kMaxRanks];
 
@@ -29,7 +32,11 @@ struct MappedNet {
       }
     }
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::st_release_sys_u64(Word(rank, signal), v);
+    if (threadIdx.x % 32 == 0) Signal(rank, signal, v);
+  }
+  __device__ char* At(int rank, int64_t offset) const { return memory[rank] + offset; }
+  __device__ void Signal(int rank, int64_t word, uint64_t v) const {
+    ptx::st_release_sys_u64(Word(rank, word), v);
   }
   __device__ void Add(int rank, int64_t word, uint64_t v) const {
     ptx::red_add_relaxed_sys_u64(Word(rank, word), v);

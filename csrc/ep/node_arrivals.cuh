@@ -62,8 +62,7 @@ class NodeArrivals {
   /// On to the next token with rows on the node; false: there is none. All lanes.
   __device__ bool Next() {
     Load();
-    const int32_t next =
-        at_ < end_ ? window_.selections[lane_][at_ % kPlaces] / top_k_ : end_token_;
+    const int32_t next = at_ < end_ ? window_.selections[lane_][PlaceOf(at_)] / top_k_ : end_token_;
     token_ = __reduce_min_sync(~0u, next);
     return token_ < end_token_;
   }
@@ -76,7 +75,7 @@ class NodeArrivals {
     const int32_t selections_end = (token_ + 1) * top_k_;
     int count = 0;
     while (at_ + count < loaded_ &&
-           window_.selections[lane_][(at_ + count) % kPlaces] < selections_end) {
+           window_.selections[lane_][PlaceOf(at_ + count)] < selections_end) {
       ++count;
     }
     int place = count;
@@ -87,8 +86,9 @@ class NodeArrivals {
     }
     const int total = __shfl_sync(~0u, place, kMaxNodeRanks - 1);
     place -= count;
+#pragma unroll 1
     for (; count > 0; --count, ++place, ++at_) {
-      const int i = at_ % kPlaces;
+      const int i = PlaceOf(at_);
       const int64_t row = window_.rows[lane_][i];
       const float scalar = window_.scalars[lane_][i];
       list.rows[place] = hosts_[lane_].rows + row * row_bytes;
@@ -102,6 +102,8 @@ class NodeArrivals {
 
  private:
   static constexpr int kPlaces = ArrivalWindow::kPlaces;
+
+  static __device__ int PlaceOf(int arrival) { return arrival & (kPlaces - 1); }
 
   /// Sees to it that all of a token's rows are in the window.
   __device__ void Load() {

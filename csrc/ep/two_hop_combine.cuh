@@ -18,6 +18,7 @@
 #include "csrc/ep/combine.cuh"
 #include "csrc/ep/node_arrivals.cuh"
 #include "csrc/ep/two_hop_rank.cuh"
+#include "csrc/ep/two_hop_roles.h"
 
 namespace wideep::two_hop {
 
@@ -36,12 +37,22 @@ struct CombineBlock {
   HostArrays hosts[kMaxNodeRanks];
   SumList lists[kWarpsPerBlock];
   HomeTask tasks[kWarpsPerBlock];
+  RingPlace inputs[kWarpsPerBlock][kMaxRanks - 1];  // of homes
   ArrivalWindow windows[kWarpsPerBlock];
 };
 static_assert(sizeof(Shared<CombineBlock>) <= kMaxSharedBytes);
 
 WIDEEP_HOST_DEVICE inline int64_t SlotBytes(const CombineParams& p) {
   return SlotHeaderBytes(p.top_k) + p.hidden * static_cast<int64_t>(SizeOf(p.dtype));
+}
+
+/// SumRows, for all stages: one copy of the code (two_hop_rank.cuh). Few rows a token: more of each
+/// under way.
+template <DType kDType, bool kWeighted>
+__device__ __noinline__ void SumRowsHere(char* out, const SumList& list, int num_rows,
+                                         int row_bytes, int thread, int num_threads) {
+  SumRows<kDType, kWeighted, /*kColumns=*/3, /*kRows=*/4, /*kReadOnce=*/true>(
+      out, list, num_rows, 0, row_bytes, thread, num_threads);
 }
 
 /// The sums of one channel of `home`, a number, on this node.
@@ -61,8 +72,7 @@ class Reducer : public WarpStage<Reducer<kDType, kWeighted, Net>, Net, 0, 1> {
         arrivals_(block.hosts, rank.nodes().SizeOf(rank.node()), block.windows[threadIdx.x / 32],
                   rank.RankOf(home), p.num_tokens, p.top_k, tokens_.begin, tokens_.end) {}
 
-  __device__ RingPlace Input(int) const { return {}; }
-  __device__ RingPlace Output(int) const { return ring_; }
+  __device__ const RingPlace& Output(int) const { return ring_; }
   __device__ bool Next(Bits<0>&) { return arrivals_.Next(); }
 
   __device__ void Work() {
@@ -73,10 +83,8 @@ class Reducer : public WarpStage<Reducer<kDType, kWeighted, Net>, Net, 0, 1> {
       header->num_entries = kWeighted ? 0 : count;
     }
     __syncwarp();
-    // Few rows a token: more of each under way.
-    SumRows<kDType, kWeighted, /*kColumns=*/3, /*kRows=*/4, /*kReadOnce=*/true>(
-        reinterpret_cast<char*>(header) + header_bytes_, list_, count, 0, row_bytes_, Base::lane_,
-        32);
+    SumRowsHere<kDType, kWeighted>(reinterpret_cast<char*>(header) + header_bytes_, list_, count,
+                                   row_bytes_, Base::lane_, 32);
     __syncwarp();  // the list is read
     Base::Wrote(header_bytes_ + row_bytes_, /*has_row=*/true);
   }
@@ -90,21 +98,43 @@ class Reducer : public WarpStage<Reducer<kDType, kWeighted, Net>, Net, 0, 1> {
   NodeArrivals arrivals_;
 };
 
-/// What the warps of a block do: the first ones are `groups` home groups, the others reduce. Groups
-/// are as large as leaves enough warps for the reducers: with many nodes there are few channels.
-struct CombineRoles {
-  int groups;
-  int group_warps;
-
-  __device__ CombineRoles(int num_channels, int num_reducers) {
-    const int blocks = static_cast<int>(gridDim.x);
-    groups = (num_channels + blocks - 1) / blocks;
-    group_warps = 1;
-    while (2 * group_warps * groups <= kWarpsPerBlock &&
-           (kWarpsPerBlock - 2 * group_warps * groups) * blocks >= num_reducers) {
-      group_warps *= 2;
+/// Which warps of a block are homes, in groups, and which reduce. Groups are as large as leaves
+/// every channel and every reducer its own: with many nodes there are few channels.
+class CombineRoles {
+ public:
+  /// `cross_work`: how often a row that crosses is read or written on its way to its slot.
+  __device__ CombineRoles(int num_channels, int num_sources, int num_nodes, int rows_of_token,
+                          int cross_work)
+      : roles_(static_cast<int>(gridDim.x),
+               {{num_channels, rows_of_token + num_nodes},
+                {num_channels * num_sources, num_sources * (rows_of_token + cross_work - 1)}}),
+        blocks_(roles_.apart() ? roles_.blocks(0) : static_cast<int>(gridDim.x)),
+        groups_((num_channels + blocks_ - 1) / blocks_) {
+    const int num_reducers = roles_.apart() ? 0 : num_channels * num_sources;
+    while (2 * group_warps_ * groups_ <= kWarpsPerBlock &&
+           (kWarpsPerBlock - 2 * group_warps_ * groups_) * blocks_ >= num_reducers) {
+      group_warps_ *= 2;
     }
   }
+
+  __device__ int group_warps() const { return group_warps_; }
+  __device__ bool IsHome() const { return HasHomes() && Warp() < groups_ * group_warps_; }
+  __device__ int ChannelOf(int group) const { return group * blocks_ + Block(); }
+  /// Of a warp that is no home's; -1: none either.
+  __device__ int Reducer() const {
+    if (!roles_.apart()) return (Warp() - groups_ * group_warps_) * blocks_ + Block();
+    return HasHomes() ? -1 : Warp() * roles_.blocks(1) + Block() - blocks_;
+  }
+
+ private:
+  static __device__ int Warp() { return static_cast<int>(threadIdx.x / 32); }
+  static __device__ int Block() { return static_cast<int>(blockIdx.x); }
+  __device__ bool HasHomes() const { return Block() < blocks_; }
+
+  const Roles<2> roles_;
+  const int blocks_;  // with homes
+  const int groups_;  // of a block
+  int group_warps_ = 1;
 };
 
 /// One thread's view of its home group.
@@ -155,7 +185,7 @@ class HomeGroup {
   }
   template <DType kDType, bool kWeighted>
   __device__ void SumPart(int row_bytes) {
-    SumRows<kDType, kWeighted>(task_.out, list_, task_.count, 0, row_bytes, thread_, num_threads_);
+    SumRowsHere<kDType, kWeighted>(task_.out, list_, task_.count, row_bytes, thread_, num_threads_);
   }
 
   const int num_threads_;
@@ -173,27 +203,31 @@ class Home : public WarpStage<Home<kDType, kWeighted, kInputs, Net>, Net, kInput
   using Base::rank_;
 
  public:
-  __device__ Home(Rank<Net>& rank, const CombineParams& p, const CombineBlock& block,
-                  HomeGroup& group, int channel)
+  /// By the group's first warp.
+  __device__ Home(Rank<Net>& rank, const CombineParams& p, CombineBlock& block, HomeGroup& group,
+                  int channel)
       : Base(rank, Direction::kBack, SlotBytes(p)),
         p_(p),
         block_(block),
         group_(group),
         list_(group.list()),
+        inputs_(block.inputs[threadIdx.x / 32]),
         header_bytes_(SlotHeaderBytes(p.top_k)),
-        row_bytes_(p.hidden * static_cast<int64_t>(SizeOf(kDType))),
-        channel_(channel) {
+        row_bytes_(p.hidden * static_cast<int64_t>(SizeOf(kDType))) {
+    if (lane_ < kInputs) {
+      inputs_[lane_] = lane_ < rank.nodes().num_nodes - 1
+                           ? rank.layout().Across(Direction::kBack, rank.number(),
+                                                  rank.OtherNode(lane_), channel)
+                           : RingPlace();
+    }
+    __syncwarp();
     const ChannelTokens tokens = TokensOf(p.num_tokens, channel, rank.config().num_channels);
     token_ = tokens.begin - 1;
     end_ = tokens.end;
     LoadNext();
   }
 
-  __device__ RingPlace Input(int i) const {
-    if (i >= rank_.nodes().num_nodes - 1) return {};
-    return rank_.layout().Across(Direction::kBack, rank_.number(), rank_.OtherNode(i), channel_);
-  }
-  __device__ RingPlace Output(int) const { return {}; }
+  __device__ const RingPlace& Input(int i) const { return inputs_[i]; }
 
   __device__ bool Next(Bits<kInputs>& inputs) {
     if (++token_ >= end_) return false;
@@ -260,9 +294,9 @@ class Home : public WarpStage<Home<kDType, kWeighted, kInputs, Net>, Net, kInput
   const CombineBlock& block_;
   HomeGroup& group_;
   SumList& list_;
+  RingPlace* const inputs_;  // [kInputs], in shared memory
   const int64_t header_bytes_;
   const int64_t row_bytes_;
-  const int channel_;
   int64_t token_;
   int64_t end_;
   uint32_t nodes_ = 0;  // with rows of the token, a bit each
@@ -297,8 +331,8 @@ __device__ void FillBlock(const Rank<Net>& rank, CombineBlock& block) {
 template <DType kDType, bool kWeighted, int kInputs, typename Net>
 __device__ bool RunHome(Rank<Net>& rank, const CombineParams& p, CombineBlock& block,
                         const CombineRoles& roles) {
-  HomeGroup group(block, roles.group_warps);
-  const int channel = group.group() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+  HomeGroup group(block, roles.group_warps());
+  const int channel = roles.ChannelOf(group.group());
   if (channel >= rank.config().num_channels) return true;
   if (!group.leads()) {
     const auto row_bytes = static_cast<int>(p.hidden * static_cast<int64_t>(SizeOf(kDType)));
@@ -310,26 +344,20 @@ __device__ bool RunHome(Rank<Net>& rank, const CombineParams& p, CombineBlock& b
 }
 
 /// This warp's part. False: somebody gave up.
-template <DType kDType, bool kWeighted, typename Net>
+template <DType kDType, bool kWeighted, int kInputs, typename Net>
 __device__ bool RunCombine(Rank<Net>& rank, const CombineParams& p, CombineBlock& block) {
   const int num_channels = rank.config().num_channels;
-  const CombineRoles roles(num_channels, num_channels * rank.num_sources());
-  const int reducer = static_cast<int>(threadIdx.x / 32) - roles.groups * roles.group_warps;
-  if (reducer < 0) {
-    // The fewer inputs, the less to keep.
-    constexpr int kFew = 3;
-    return rank.nodes().num_nodes - 1 <= kFew
-               ? RunHome<kDType, kWeighted, kFew>(rank, p, block, roles)
-               : RunHome<kDType, kWeighted, kMaxRanks - 1>(rank, p, block, roles);
-  }
-  // Neighbours lie in different blocks.
-  const int number = reducer * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
-  const int home = rank.SourceOf(number / num_channels);
+  const CombineRoles roles(num_channels, rank.num_sources(), rank.nodes().num_nodes,
+                           rank.RowsOfToken(p.top_k), Net::kInPlace ? 2 : 4);
+  if (roles.IsHome()) return RunHome<kDType, kWeighted, kInputs>(rank, p, block, roles);
+  const int number = roles.Reducer();
+  const int home = number < 0 ? -1 : rank.SourceOf(number / num_channels);
   return home < 0 ||
          Reducer<kDType, kWeighted, Net>(rank, p, block, home, number % num_channels).Run();
 }
 
-template <DType kDType, bool kWeighted, typename Net>
+/// `kInputs`: at least the other nodes; the fewer, the less to keep.
+template <DType kDType, bool kWeighted, int kInputs, typename Net>
 __global__ void __launch_bounds__(kCombineThreads, 1)
     TwoHopCombineKernel(const __grid_constant__ Params<CombineParams, Net> params) {
   const CombineParams& p = params.op;
@@ -345,13 +373,45 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
                          p.plan.rows_per_source};
   if (!rank.Begin(mine, block.here, block.flags)) return;
   FillBlock(rank, block);
-  if (!RunCombine<kDType, kWeighted>(rank, p, block)) return;
+  if (!RunCombine<kDType, kWeighted, kInputs>(rank, p, block)) return;
   rank.Finish(block.flags);
 }
 
 }  // namespace wideep::two_hop
 
 namespace wideep {
+
+/// For at most 2, 4 and kMaxRanks nodes.
+template <bool kWeighted, typename Net>
+class CombineKernels {
+ public:
+  using Params = two_hop::Params<CombineParams, Net>;
+  using Kernel = void (*)(Params);
+
+  static Kernel Of(DType dtype, int num_nodes) {
+    return dtype == DType::kBF16  ? OfNodes<DType::kBF16>(num_nodes)
+           : dtype == DType::kF16 ? OfNodes<DType::kF16>(num_nodes)
+                                  : OfNodes<DType::kF32>(num_nodes);
+  }
+  static Status Load() {
+    for (const int num_nodes : {2, 4, kMaxRanks}) {
+      for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
+        Status status = LoadKernels<Params>({Of(dtype, num_nodes)}, "combine over nodes");
+        if (!status.ok()) return status;
+      }
+    }
+    return Status();
+  }
+
+ private:
+  template <DType kDType>
+  static Kernel OfNodes(int num_nodes) {
+    using two_hop::TwoHopCombineKernel;
+    return num_nodes <= 2   ? TwoHopCombineKernel<kDType, kWeighted, 1, Net>
+           : num_nodes <= 4 ? TwoHopCombineKernel<kDType, kWeighted, 3, Net>
+                            : TwoHopCombineKernel<kDType, kWeighted, kMaxRanks - 1, Net>;
+  }
+};
 
 template <bool kWeighted, typename Net>
 Status LaunchTwoHopSum(const two_hop::Params<CombineParams, Net>& params, const char* op,
@@ -367,10 +427,7 @@ Status LaunchTwoHopSum(const two_hop::Params<CombineParams, Net>& params, const 
                                    std::to_string(slot_bytes) +
                                    "; make the group with the hidden and top_k of its calls");
   }
-  using two_hop::TwoHopCombineKernel;
-  const auto kernel = p.dtype == DType::kBF16  ? TwoHopCombineKernel<DType::kBF16, kWeighted, Net>
-                      : p.dtype == DType::kF16 ? TwoHopCombineKernel<DType::kF16, kWeighted, Net>
-                                               : TwoHopCombineKernel<DType::kF32, kWeighted, Net>;
+  const auto kernel = CombineKernels<kWeighted, Net>::Of(p.dtype, params.num_nodes);
   // All blocks: every stage has a warp.
   return Launch(kernel, p.peers.num_sms, kCombineThreads,
                 sizeof(two_hop::Shared<two_hop::CombineBlock>), stream, params, op);
@@ -384,12 +441,8 @@ Status LaunchTwoHopCombine(const two_hop::Params<CombineParams, Net>& params, cu
 
 template <typename Net>
 Status LoadTwoHopCombine() {
-  using two_hop::TwoHopCombineKernel;
-  return LoadKernels<two_hop::Params<CombineParams, Net>>(
-      {TwoHopCombineKernel<DType::kBF16, true, Net>, TwoHopCombineKernel<DType::kF16, true, Net>,
-       TwoHopCombineKernel<DType::kF32, true, Net>, TwoHopCombineKernel<DType::kBF16, false, Net>,
-       TwoHopCombineKernel<DType::kF16, false, Net>, TwoHopCombineKernel<DType::kF32, false, Net>},
-      "combine over nodes");
+  if (Status status = CombineKernels<true, Net>::Load(); !status.ok()) return status;
+  return CombineKernels<false, Net>::Load();
 }
 
 }  // namespace wideep

@@ -11,6 +11,7 @@ namespace two_hop {
 template <DType kDType>
 class GradRows {
  public:
+  static constexpr int kRowWork = 2;
   static constexpr int kNumBuffers = 4;
   static __device__ void Publish(const TwoHopTokens& p, const void* (&mine)[kNumBuffers]) {
     mine[0] = p.rows;
@@ -18,10 +19,17 @@ class GradRows {
     mine[2] = p.y;
     mine[3] = p.row_weights;
   }
-  __device__ GradRows(const TwoHopTokens& p, char* const* here, BulkPipe&) : p_(p), here_(here) {}
+  __device__ GradRows(const TwoHopTokens& p, char* const* here, BulkPipe& pipe)
+      : p_(p), here_(here), pipe_(pipe) {}
 
-  template <bool>
-  __device__ void Write(const char* dout, int32_t host, int64_t row, int32_t) const {
+  __device__ __noinline__ void Write(const char* dout, bool of_ring, int32_t host, int64_t row,
+                                     int32_t, char* slot) const {
+    if (slot != nullptr) {
+      ptx::fence_proxy_async();  // copies may overwrite what others have read
+      CopyRow(pipe_, dout, static_cast<int>(p_.row_bytes), of_ring, [&](int at, uint32_t bytes) {
+        if (threadIdx.x % 32 == kSlotLane) pipe_.StoreForReading(slot + at, bytes);
+      });
+    }
     GradRow own{};
     if (host >= 0) {
       own.dy = here_[host] + row * p_.row_bytes;
@@ -35,6 +43,7 @@ class GradRows {
  private:
   const TwoHopTokens& p_;
   char* const* const here_;
+  BulkPipe& pipe_;
 };
 
 }  // namespace two_hop

@@ -34,12 +34,12 @@ std::vector<int> SourcesOf(const Nodes& nodes, int number) {
   return sources;
 }
 
-/// Most ends of rings of a channel, each with a warp of its own, and one warp beside them.
-int WarpsPerChannel(const Nodes& nodes) {
+/// Most ends of rings that a channel has at a rank, each with a warp of its own.
+int EndsPerChannel(const Nodes& nodes) {
   int most = 0;
   for (int number = 0; number < nodes.num_ranks; ++number) {
     const auto sources = static_cast<int>(SourcesOf(nodes, number).size());
-    most = std::max(most, nodes.num_nodes - 1 + sources + 1);
+    most = std::max(most, nodes.num_nodes - 1 + sources);
   }
   return most;
 }
@@ -85,22 +85,19 @@ Status MakeConfig(const GroupShape& shape, uint32_t masked, int64_t num_bytes, C
   config.node_slots = 0;
   config.slot_bytes = (SlotHeaderBytes(arena.top_k) + arena.max_row_bytes + 127) / 128 * 128;
   const int num_warps = arena.num_sms * kWarpsPerBlock;
-  const int warps_per_channel = WarpsPerChannel(config.nodes);
-  if (num_warps < warps_per_channel) {
+  const int num_ends = EndsPerChannel(config.nodes);
+  if (num_warps < num_ends) {
     return Status::InvalidArgument(
         "nodes: expected num_sms of at least " +
-        std::to_string((warps_per_channel + kWarpsPerBlock - 1) / kWarpsPerBlock) + " for " +
+        std::to_string((num_ends + kWarpsPerBlock - 1) / kWarpsPerBlock) + " for " +
         std::to_string(config.nodes.num_nodes) + " nodes of up to " +
         std::to_string(config.nodes.max_node_ranks) + " ranks, got " +
         std::to_string(arena.num_sms) + "; raise num_sms on the ExpertGroup");
   }
-  // A ring's end has more to do per token than a warp beside the rings has: three quarters of the
-  // warps are ends.
-  const int num_ends = warps_per_channel - 1;
-  config.num_channels = num_ends == 0 ? num_warps : std::max(1, num_warps * 3 / 4 / num_ends);
-  // Whole rounds over the blocks: what is left makes combine's home groups larger.
-  if (config.num_channels > arena.num_sms)
-    config.num_channels -= config.num_channels % arena.num_sms;
+  // As many as there are warps for, in whole blocks where there are enough: two_hop_roles.h.
+  const int blocks_to_an_end = num_ends == 0 ? arena.num_sms : arena.num_sms / num_ends;
+  config.num_channels =
+      blocks_to_an_end > 0 ? blocks_to_an_end * kWarpsPerBlock : num_warps / num_ends;
   const int num_rings = config.num_channels * std::max(config.nodes.num_nodes - 1, 1);
   config.across_slots = std::clamp(shape.tokens_under_way / num_rings, kMinSlots, kMaxSlots);
   // A part of a ring: others are read, and on their way, meanwhile.

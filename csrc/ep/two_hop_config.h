@@ -22,6 +22,14 @@ struct GroupShape {
   /// Room in a rank's rings, in tokens, about: enough for a network, and so few that they can stay
   /// in the GPU's cache.
   int tokens_under_way = 800;
+
+  int num_nodes() const {
+    int nodes = 1;
+    for (size_t rank = 1; rank < node_of_rank.size(); ++rank) {
+      nodes += node_of_rank[rank] != node_of_rank[rank - 1];
+    }
+    return nodes;
+  }
 };
 
 /// A rank as its kernels know it. They read it in registered memory, where a mask changes it: what

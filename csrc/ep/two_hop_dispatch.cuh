@@ -1,26 +1,30 @@
 // TwoHopDispatchKernel: tokens go to their rows over nodes. Dispatch, and, with another `Rows`,
 // combine's gradient (two_hop_combine_grad.cuh).
 //
-//   senders     a warp for each (other node, channel): tokens with selections there, into staging
-//               memory and across
+//   senders     a warp for each (other node, channel): tokens with selections there, into the ring;
+//               for the first of the nodes also this rank's tokens with selections in its own
+//               node, to all of their rows: a token is read once for both
 //   forwarders  a warp for each (rank of another node that this rank stands for, channel): what
 //               comes, from its slot to all rows in this node
-//   own         the other warps: this rank's tokens with selections in its own node, to all of them
 //
 // Rows are written in place, wherever they lie in the node. `Rows` says what is published there and
 // what a token makes of its rows:
 //
+//   kRowWork     how often a row's bytes are read or written for each of its rows
 //   kNumBuffers, void Publish(const void* (&mine)[kNumBuffers])
 //   Rows(p, here, pipe)
-//   void Write<kOfRing>(const char* token, int32_t host, int64_t row, int32_t word)
+//   void Write(const char* token, bool of_ring, int32_t host, int64_t row, int32_t word, char*
+//   slot)
 //        all lanes: a token, which lies in a ring or not, to the rows that lanes bring, each of a
-//        rank of the node (-1: none)
+//        rank of the node (-1: none), and, by bulk copies of kSlotLane, to the row of a slot, if
+//        that is not null. Compiled once (two_hop_rank.cuh: Small code)
 //
 // Finish orders everything in the node.
 #pragma once
 
 #include "csrc/ep/dispatch_shared.cuh"
 #include "csrc/ep/two_hop_rank.cuh"
+#include "csrc/ep/two_hop_roles.h"
 #include "csrc/ep/zero_tail.cuh"
 
 namespace wideep {
@@ -48,58 +52,64 @@ struct TwoHopTokens {
 
 namespace two_hop {
 
-/// Tokens of [begin, end) with selections on some ranks, in order. All lanes.
+/// Tokens of [begin, end) with selections on some ranks. All lanes.
 class TokensTo {
  public:
   __device__ TokensTo(const TwoHopTokens& p, uint32_t ranks, ChannelTokens tokens)
-      : p_(p), ranks_(ranks), window_(tokens.begin - 32), end_(tokens.end) {}
+      : p_(p), ranks_(ranks), tokens_(tokens), window_(tokens.begin - 32) {}
 
-  __device__ uint32_t ranks() const { return ranks_; }
-  /// -1: there are no more.
+  /// In order; -1: there are no more.
   __device__ int64_t Next() {
     while (found_ == 0) {
       window_ += 32;
-      if (window_ >= end_) return -1;
-      const int64_t token = window_ + threadIdx.x % 32;
-      bool goes = false;
-      if (token < end_) {
-        for (int k = 0; k < p_.top_k; ++k) goes |= Has(p_.plan.dest_rank[token * p_.top_k + k]);
-      }
-      found_ = __ballot_sync(~0u, goes);
+      if (window_ >= tokens_.end) return -1;
+      found_ = Find(window_);
     }
     const int64_t token = window_ + __ffs(static_cast<int>(found_)) - 1;
     found_ &= found_ - 1;
     return token;
   }
+  /// The last of all; -1: there is none.
+  __device__ int64_t Last() const {
+    for (int64_t window = tokens_.end - 32; window > tokens_.begin - 32; window -= 32) {
+      if (const uint32_t found = Find(window); found != 0) return window + 31 - __clz(found);
+    }
+    return -1;
+  }
   __device__ bool Has(int32_t dst) const { return dst >= 0 && (ranks_ >> dst & 1) != 0; }
 
  private:
+  /// Those of [window, window + 32), a bit each.
+  __device__ uint32_t Find(int64_t window) const {
+    const int64_t token = window + threadIdx.x % 32;
+    bool goes = false;
+    if (token >= tokens_.begin && token < tokens_.end) {
+      for (int k = 0; k < p_.top_k; ++k) goes |= Has(p_.plan.dest_rank[token * p_.top_k + k]);
+    }
+    return __ballot_sync(~0u, goes);
+  }
+
   const TwoHopTokens& p_;
   const uint32_t ranks_;
+  const ChannelTokens tokens_;
   int64_t window_;
-  const int64_t end_;
   uint32_t found_ = 0;
 };
 
 /// A row through shared memory. `store(offset, bytes)` by all lanes, for each piece. Rows of a ring
 /// stay in L2, where the next ones are written; others are read once.
-template <bool kOfRing, typename Store>
-__device__ void CopyRow(BulkPipe& pipe, const char* row, int64_t row_bytes, Store store) {
-  const auto pieces = static_cast<int>((row_bytes + pipe.piece_bytes() - 1) / pipe.piece_bytes());
-  const auto bytes_of = [&](int piece) {
-    return static_cast<uint32_t>(
-        min(int64_t{pipe.piece_bytes()}, row_bytes - int64_t{piece} * pipe.piece_bytes()));
-  };
-  const int ahead = pipe.num_stages() - 1;
-  for (int piece = 0; piece < pieces + ahead; ++piece) {
-    if (piece < pieces) {
-      const char* const from = row + int64_t{piece} * pipe.piece_bytes();
-      kOfRing ? pipe.Load(from, bytes_of(piece)) : pipe.LoadOnce(from, bytes_of(piece));
+template <typename Store>
+__device__ void CopyRow(BulkPipe& pipe, const char* row, int row_bytes, bool of_ring, Store store) {
+  const int piece = pipe.piece_bytes();
+  const int ahead = (pipe.num_stages() - 1) * piece;
+  for (int at = -ahead; at < row_bytes; at += piece) {
+    if (const int in = at + ahead; in < row_bytes) {
+      const auto bytes = static_cast<uint32_t>(min(piece, row_bytes - in));
+      of_ring ? pipe.Load(row + in, bytes) : pipe.LoadOnce(row + in, bytes);
     }
-    const int out = piece - ahead;
-    if (out < 0) continue;
+    if (at < 0) continue;
     pipe.Wait();
-    store(int64_t{out} * pipe.piece_bytes(), bytes_of(out));
+    store(at, static_cast<uint32_t>(min(piece, row_bytes - at)));
     pipe.Release();
   }
 }
@@ -113,73 +123,102 @@ WIDEEP_HOST_DEVICE inline int64_t SlotBytes(const TwoHopTokens& p) {
   return SlotHeaderBytes(p.top_k) + p.row_bytes;
 }
 
-template <typename Net>
-class DispatchSender : public WarpStage<DispatchSender<Net>, Net, 0, 1> {
+/// The lane that writes slots' rows; no selection's.
+constexpr int kSlotLane = 31;
+static_assert(kMaxKernelTopK <= kSlotLane);
+
+/// This rank's tokens for another node; `own_too`: and those for its own.
+template <typename Rows, typename Net>
+class DispatchSender : public WarpStage<DispatchSender<Rows, Net>, Net, 0, 1> {
  public:
-  __device__ DispatchSender(Rank<Net>& rank, const TwoHopTokens& p, int node, int channel,
-                            BulkPipe& pipe)
+  __device__ DispatchSender(Rank<Net>& rank, const TwoHopTokens& p, int node, bool own_too,
+                            int channel, const Rows& rows)
       : DispatchSender::WarpStage(rank, Direction::kOut, SlotBytes(p)),
         p_(p),
-        pipe_(pipe),
+        rows_(rows),
         output_(rank.layout().Across(Direction::kOut, rank.number(), node, channel)),
-        tokens_(p, rank.RanksOf(node), TokensOf(p.num_tokens, channel, rank.config().num_channels)),
-        next_(tokens_.Next()) {}
+        there_(rank.RanksOf(node)),
+        range_(TokensOf(p.num_tokens, channel, rank.config().num_channels)),
+        tokens_(p, there_ | (own_too ? rank.RanksOf(rank.node()) : 0), range_),
+        last_there_(TokensTo(p, there_, range_).Last()) {}
 
-  __device__ RingPlace Output(int) const { return output_; }
-  /// The end has to be told even if nothing goes there.
-  __device__ bool Next(Bits<0>&) const { return !ended_; }
-  __device__ void Work() {
-    auto* const header = reinterpret_cast<SlotHeader*>(this->OutputSlot());
-    const int lane = this->lane_;
-    const int64_t token = next_;
-    if (token >= 0) next_ = tokens_.Next();
-    ended_ = next_ < 0;
-    uint32_t lanes = 0;
-    if (token >= 0) {
-      const int64_t s = token * p_.top_k + lane;
-      const int32_t dst = lane < p_.top_k ? p_.plan.dest_rank[s] : -1;
-      const bool goes = tokens_.Has(dst);
-      lanes = __ballot_sync(~0u, goes);
-      if (goes) {
-        SlotHeader::Entry entry{};
-        entry.host = static_cast<int16_t>(__popc(tokens_.ranks() & ((1u << dst) - 1)));
-        entry.k = static_cast<int16_t>(lane);
-        entry.row = p_.plan.dest_row[s];
-        entry.word = WordOf(p_, s);
-        header->entries()[__popc(lanes & ((1u << lane) - 1))] = entry;
-      }
-    }
-    if (lane == 0) {
-      *header = {static_cast<int32_t>(token), __popc(lanes), ended_ ? 1 : 0, 0};
-    }
-    const int64_t header_bytes = SlotHeaderBytes(p_.top_k);
-    if (token < 0) return this->Wrote(header_bytes, /*has_row=*/false);
-    // Copies may overwrite what the last put from this slot has read.
-    ptx::fence_proxy_async();
-    char* const to = reinterpret_cast<char*>(header) + header_bytes;
-    CopyRow</*kOfRing=*/false>(pipe_, p_.x + token * p_.row_bytes, p_.row_bytes,
-                               [&](int64_t at, uint32_t bytes) {
-                                 if (lane == 0) pipe_.StoreForReading(to + at, bytes);
-                               });
-    this->Wrote(header_bytes + p_.row_bytes, /*has_row=*/true);
+  __device__ const RingPlace& Output(int) const { return output_; }
+  /// The end has to be told even if nothing goes there: by a slot without a token, after all.
+  __device__ bool Next(Bits<0>&) {
+    if (ended_) return false;
+    token_ = tokens_.Next();
+    ended_ = token_ < 0;
+    if (ended_ && last_there_ >= 0) return false;
+    const int64_t s = token_ * p_.top_k + this->lane_;
+    const int32_t dst = token_ >= 0 && this->lane_ < p_.top_k ? p_.plan.dest_rank[s] : -1;
+    dst_ = tokens_.Has(dst) ? dst : -1;
+    row_ = dst_ >= 0 ? p_.plan.dest_row[s] : 0;
+    word_ = dst_ >= 0 ? WordOf(p_, s) : 0;
+    crosses_ = __ballot_sync(~0u, Crosses());
+    return true;
   }
+  __device__ void Outputs(Bits<1>& outputs) const {
+    if (HasSlot()) outputs.Set(0);
+  }
+  __device__ void Work() {
+    const int64_t header_bytes = SlotHeaderBytes(p_.top_k);
+    char* slot_row = nullptr;
+    if (HasSlot()) {
+      auto* const header = reinterpret_cast<SlotHeader*>(this->OutputSlot());
+      WriteHeader(*header);
+      if (crosses_ != 0) slot_row = reinterpret_cast<char*>(header) + header_bytes;
+      this->Wrote(header_bytes + (crosses_ != 0 ? p_.row_bytes : 0), crosses_ != 0);
+    }
+    if (token_ < 0) return;
+    const bool stays = dst_ >= 0 && !Crosses();
+    rows_.Write(p_.x + token_ * p_.row_bytes, /*of_ring=*/false, stays ? dst_ : -1, row_, word_,
+                slot_row);
+  }
+  /// Of slots; rows in this node are complete at the op's end.
   __device__ void EndWrites() {
+    if (this->lane_ != kSlotLane) return;
     ptx::cp_async_bulk_wait_group<0>();
     ptx::fence_proxy_async();
   }
 
  private:
+  __device__ bool HasSlot() const { return crosses_ != 0 || ended_; }
+  __device__ bool Crosses() const { return dst_ >= 0 && (there_ >> dst_ & 1) != 0; }
+  __device__ void WriteHeader(SlotHeader& header) const {
+    const int lane = this->lane_;
+    if (Crosses()) {
+      SlotHeader::Entry entry{};
+      entry.host = static_cast<int16_t>(__popc(there_ & ((1u << dst_) - 1)));
+      entry.k = static_cast<int16_t>(lane);
+      entry.row = row_;
+      entry.word = word_;
+      header.entries()[__popc(crosses_ & ((1u << lane) - 1))] = entry;
+    }
+    if (lane == 0) {
+      header = {static_cast<int32_t>(token_), __popc(crosses_), token_ == last_there_ ? 1 : 0, 0};
+    }
+  }
+
   const TwoHopTokens& p_;
-  BulkPipe& pipe_;
+  const Rows& rows_;
   const RingPlace output_;
+  const uint32_t there_;  // ranks of the other node
+  const ChannelTokens range_;
   TokensTo tokens_;
-  int64_t next_;
+  const int64_t last_there_;  // -1: none goes there
   bool ended_ = false;
+  int64_t token_ = -1;
+  uint32_t crosses_ = 0;  // lanes whose selections do
+  // Of selection `lane_`; rank -1: none here.
+  int32_t dst_ = -1;
+  int32_t row_ = 0;
+  int32_t word_ = 0;
 };
 
 /// Rows and their weights.
 class DispatchRows {
  public:
+  static constexpr int kRowWork = 1;
   static constexpr int kNumBuffers = 2;
   static __device__ void Publish(const TwoHopTokens& p, const void* (&mine)[kNumBuffers]) {
     mine[0] = p.rows;
@@ -188,17 +227,18 @@ class DispatchRows {
   __device__ DispatchRows(const TwoHopTokens& p, char* const* here, BulkPipe& pipe)
       : p_(p), here_(here), pipe_(pipe) {}
 
-  template <bool kOfRing>
-  __device__ void Write(const char* token, int32_t host, int64_t row, int32_t word) const {
-    char* to = nullptr;
+  __device__ __noinline__ void Write(const char* token, bool of_ring, int32_t host, int64_t row,
+                                     int32_t word, char* slot) const {
+    char* to = threadIdx.x % 32 == kSlotLane ? slot : nullptr;
     if (host >= 0) {
       to = here_[host] + row * p_.row_bytes;
       reinterpret_cast<float*>(here_[kMaxRanks + host])[row] = __int_as_float(word);
     }
-    // What was acquired, copies read.
+    // What was acquired, copies read, and may overwrite what others have read.
     ptx::fence_proxy_async();
-    CopyRow<kOfRing>(pipe_, token, p_.row_bytes, [&](int64_t at, uint32_t bytes) {
-      if (to != nullptr) pipe_.Store(to + at, bytes);
+    CopyRow(pipe_, token, static_cast<int>(p_.row_bytes), of_ring, [&](int at, uint32_t bytes) {
+      if (to == nullptr) return;
+      host >= 0 ? pipe_.Store(to + at, bytes) : pipe_.StoreForReading(to + at, bytes);
     });
   }
 
@@ -218,7 +258,7 @@ class DispatchForwarder : public WarpStage<DispatchForwarder<Rows, Net>, Net, 1,
         rows_(rows),
         input_(rank.layout().Across(Direction::kOut, source, rank.node(), channel)) {}
 
-  __device__ RingPlace Input(int) const { return input_; }
+  __device__ const RingPlace& Input(int) const { return input_; }
   __device__ bool Next(Bits<1>& inputs) const {
     if (!ended_) inputs.Set(0);
     return !ended_;
@@ -235,7 +275,7 @@ class DispatchForwarder : public WarpStage<DispatchForwarder<Rows, Net>, Net, 1,
       entry = header->entries()[this->lane_];
       host = this->rank_.HostRank(entry.host);
     }
-    rows_.template Write</*kOfRing=*/true>(slot + header_bytes_, host, entry.row, entry.word);
+    rows_.Write(slot + header_bytes_, /*of_ring=*/true, host, entry.row, entry.word, nullptr);
   }
 
  private:
@@ -245,7 +285,8 @@ class DispatchForwarder : public WarpStage<DispatchForwarder<Rows, Net>, Net, 1,
   bool ended_ = false;
 };
 
-/// Part `part` of `num_parts` of this rank's tokens with selections in its own node.
+/// Part `part` of `num_parts` of this rank's tokens with selections in its own node, if there is no
+/// other.
 template <typename Rows, typename Net>
 __device__ void DispatchInNode(const Rank<Net>& rank, const TwoHopTokens& p, int part,
                                int num_parts, const Rows& rows) {
@@ -255,30 +296,38 @@ __device__ void DispatchInNode(const Rank<Net>& rank, const TwoHopTokens& p, int
     const int64_t s = token * p.top_k + lane;
     const int32_t dst = lane < p.top_k ? p.plan.dest_rank[s] : -1;
     const bool goes = tokens.Has(dst);
-    rows.template Write</*kOfRing=*/false>(p.x + token * p.row_bytes, goes ? dst : -1,
-                                           goes ? p.plan.dest_row[s] : 0, goes ? WordOf(p, s) : 0);
+    rows.Write(p.x + token * p.row_bytes, /*of_ring=*/false, goes ? dst : -1,
+               goes ? p.plan.dest_row[s] : 0, goes ? WordOf(p, s) : 0, nullptr);
   }
 }
 
 /// This warp's part. False: somebody gave up.
 template <typename Rows, typename Net>
-__device__ bool DispatchTokens(Rank<Net>& rank, const TwoHopTokens& p, const Rows& rows,
-                               BulkPipe& pipe) {
+__device__ bool DispatchTokens(Rank<Net>& rank, const TwoHopTokens& p, const Rows& rows) {
   const int channels = rank.config().num_channels;
   const int num_other = rank.nodes().num_nodes - 1;
-  const int num_ends = num_other + rank.num_sources();
-  const int end = rank.warp() / channels;
-  const int channel = rank.warp() % channels;
-  if (end < num_other) {
-    return DispatchSender<Net>(rank, p, rank.OtherNode(end), channel, pipe).Run();
+  const int num_sources = rank.num_sources();
+  // Rows that are read or written for a token in a node, and for one that crosses.
+  const int node_work = 1 + rank.RowsOfToken(p.top_k) * Rows::kRowWork;
+  constexpr int kCrossWork = Net::kInPlace ? 2 : 4;
+  const Roles<3> roles(static_cast<int>(gridDim.x),
+                       {{num_other > 0 ? channels : Role::kAny, kCrossWork + node_work},
+                        {channels * max(0, num_other - 1), kCrossWork * (num_other - 1)},
+                        {channels * num_sources, node_work * num_sources}});
+  const Part part = roles.Of(static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x / 32));
+  if (part.role == 2) {
+    const int source = rank.SourceOf(part.number / channels);
+    return DispatchForwarder<Rows, Net>(rank, p, source, part.number % channels, rows).Run();
   }
-  if (end < num_ends) {
-    const int source = rank.SourceOf(end - num_other);
-    return DispatchForwarder<Rows, Net>(rank, p, source, channel, rows).Run();
+  if (part.role > 2) return true;
+  if (num_other == 0) {
+    DispatchInNode(rank, p, part.number, part.num_parts, rows);
+    return true;
   }
-  const int first = num_ends * channels;
-  DispatchInNode(rank, p, rank.warp() - first, rank.num_warps() - first, rows);
-  return true;
+  const int other = part.role + part.number / channels;
+  return DispatchSender<Rows, Net>(rank, p, rank.OtherNode(other), /*own_too=*/other == 0,
+                                   part.number % channels, rows)
+      .Run();
 }
 
 }  // namespace two_hop
@@ -302,7 +351,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   BulkPipe pipe(shared.buffers(warp, int64_t{p.num_stages} * p.piece_bytes),
                 shared.barriers + warp * kMaxStages, p.piece_bytes, p.num_stages);
   const Rows rows(p, shared.here, pipe);
-  if (!two_hop::DispatchTokens(rank, p, rows, pipe)) return;
+  if (!two_hop::DispatchTokens(rank, p, rows)) return;
   if (p.zero_tail) ZeroTail(p.rows, p.row_scalars, *p.plan.num_rows, p.capacity, p.row_bytes);
   ZeroMaskedRows(exchange, p.plan, p.rows, p.row_scalars, p.row_bytes);
   rank.Finish(shared.flags);
@@ -313,7 +362,7 @@ template <typename Rows, typename Op, typename Net>
 Status LaunchTwoHopTokens(const TwoHopTokens& tokens, const two_hop::Params<Op, Net>& of,
                           cudaStream_t stream, const char* op) {
   const two_hop::Params<TwoHopTokens, Net> params{WithBuffers(tokens), of.context, of.slot_bytes,
-                                                  of.net};
+                                                  of.num_nodes, of.net};
   const TwoHopTokens& p = params.op;
   const int64_t slot_bytes = two_hop::SlotBytes(p);
   if (p.row_bytes % 16 != 0 || p.top_k > kMaxKernelTopK || slot_bytes > params.slot_bytes) {

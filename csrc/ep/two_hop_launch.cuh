@@ -73,7 +73,8 @@ class TwoHopOverNet : public TwoHop {
  private:
   template <typename Op>
   two_hop::Params<Op, Net> ParamsOf(const Op& op) const {
-    two_hop::Params<Op, Net> params{op, ContextOnGpu(), context_.layout.config().slot_bytes, net_};
+    two_hop::Params<Op, Net> params{op, ContextOnGpu(), context_.layout.config().slot_bytes,
+                                    settings_.shape.num_nodes(), net_};
     params.op.peers.node_ranks = context_.node_ranks;
     // For so many blocks the rings' ends were counted.
     params.op.peers.num_sms = settings_.shape.arena.num_sms;

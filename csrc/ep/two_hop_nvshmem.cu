@@ -10,6 +10,8 @@ namespace {
 
 /// The rings of the throughput shape, and the arenas.
 struct NvshmemRingNet {
+  static constexpr bool kInPlace = false;
+
   char* memory;
   char* arena;
   int32_t pe_of_rank[kMaxRanks];

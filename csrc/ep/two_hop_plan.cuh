@@ -152,7 +152,7 @@ class PlaceSender : public WarpStage<PlaceSender<Net>, Net, 0, 1> {
     __syncwarp();
   }
 
-  __device__ RingPlace Output(int) const { return ring_; }
+  __device__ const RingPlace& Output(int) const { return ring_; }
   __device__ bool Next(Bits<0>&) const { return !ended_; }
   __device__ void Work() {
     auto* header = reinterpret_cast<SlotHeader*>(this->OutputSlot());
@@ -212,7 +212,7 @@ class PlaceForwarder : public WarpStage<PlaceForwarder<Net>, Net, 1, 0> {
         here_(here),
         ring_(rank.layout().Across(Direction::kOut, source, rank.node(), channel)) {}
 
-  __device__ RingPlace Input(int) const { return ring_; }
+  __device__ const RingPlace& Input(int) const { return ring_; }
   __device__ bool Next(Bits<1>& inputs) const {
     if (!ended_) inputs.Set(0);
     return !ended_;
@@ -242,8 +242,9 @@ __device__ bool SendPlaces(Rank<Net>& rank, const PlanParams& p,
   const auto blocks = static_cast<int>(gridDim.x);
   const int num_channels =
       max(1, min(blocks, rank.config().num_channels * blocks / p.peers.num_sms));
-  const int channel = rank.warp() % num_channels;
-  const int stage = rank.warp() / num_channels;
+  const int warp = static_cast<int>(threadIdx.x / 32) * blocks + static_cast<int>(blockIdx.x);
+  const int channel = warp % num_channels;
+  const int stage = warp / num_channels;
   const int num_senders = rank.nodes().num_nodes - 1;
   if (stage < num_senders) {
     PlaceSender<Net> sender(rank, p, block, shared.first_arrival,

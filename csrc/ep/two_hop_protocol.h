@@ -45,18 +45,29 @@ struct SenderEnd {
   uint64_t credits;  // the last that was seen
   uint32_t num_slots;
   uint32_t batch;
+  uint32_t slot;  // of position `sent`; kept, since divisions of 64 bits are slow in kernels
+  uint32_t pad;   // the explorer compares states by their bytes
 
   WIDEEP_HOST_DEVICE void Begin(uint64_t position, uint32_t slots, uint32_t tokens_to_a_put) {
     sent = handed_over = position;
     credits = position - slots;  // none seen yet
     num_slots = slots;
     batch = tokens_to_a_put;
+    slot = static_cast<uint32_t>(position % slots);
   }
   WIDEEP_HOST_DEVICE bool HasSpace() const { return sent - credits < num_slots; }
   WIDEEP_HOST_DEVICE bool Holds() const { return sent != handed_over; }
   /// A batch is full, or ends with the ring: its slots have to lie next to each other.
   WIDEEP_HOST_DEVICE bool MustHandOver() const {
-    return Holds() && (sent - handed_over == batch || sent % num_slots == 0);
+    return Holds() && (sent - handed_over == batch || slot == 0);
+  }
+  WIDEEP_HOST_DEVICE void Send() {
+    ++sent;
+    if (++slot == num_slots) slot = 0;
+  }
+  /// The slot of position `handed_over`, if it Holds.
+  WIDEEP_HOST_DEVICE uint32_t FirstHeldSlot() const {
+    return (slot == 0 ? num_slots : slot) - static_cast<uint32_t>(sent - handed_over);
   }
 };
 
@@ -66,13 +77,19 @@ struct ReceiverEnd {
   uint64_t taken;
   uint64_t freed;
   uint32_t num_slots;
+  uint32_t slot;  // of position `taken`
 
   WIDEEP_HOST_DEVICE void Begin(uint64_t position, uint32_t slots) {
     known = taken = freed = position;
     num_slots = slots;
+    slot = static_cast<uint32_t>(position % slots);
   }
   WIDEEP_HOST_DEVICE bool HasToken() const { return known != taken; }
   WIDEEP_HOST_DEVICE bool MustFree() const { return taken == known && taken != freed; }
+  WIDEEP_HOST_DEVICE void Take() {
+    ++taken;
+    if (++slot == num_slots) slot = 0;
+  }
 };
 
 enum class Progress : uint8_t { kMoved, kWaits, kDone };
@@ -139,8 +156,12 @@ struct Stage {
         return Progress::kMoved;
       case kWork:
         env.Work();
-        for (int i = 0; i < kMaxInputs; ++i) in[i].taken += inputs.Has(i);
-        for (int i = 0; i < kMaxOutputs; ++i) out[i].sent += outputs.Has(i);
+        for (int i = 0; i < kMaxInputs; ++i) {
+          if (inputs.Has(i)) in[i].Take();
+        }
+        for (int i = 0; i < kMaxOutputs; ++i) {
+          if (outputs.Has(i)) out[i].Send();
+        }
         phase = kAfter;
         return Progress::kMoved;
       case kAfter:
@@ -163,12 +184,8 @@ struct Stage {
   }
 
   /// The slot of the token that Work reads (writes).
-  WIDEEP_HOST_DEVICE uint32_t InputSlot(int i) const {
-    return static_cast<uint32_t>(in[i].taken % in[i].num_slots);
-  }
-  WIDEEP_HOST_DEVICE uint32_t OutputSlot(int i) const {
-    return static_cast<uint32_t>(out[i].sent % out[i].num_slots);
-  }
+  WIDEEP_HOST_DEVICE uint32_t InputSlot(int i) const { return in[i].slot; }
+  WIDEEP_HOST_DEVICE uint32_t OutputSlot(int i) const { return out[i].slot; }
 
  private:
   template <typename Env>

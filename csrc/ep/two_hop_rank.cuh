@@ -14,10 +14,18 @@
 //        rank's memory
 //   void Add(int rank, int64_t word, uint64_t v)       one thread; adds to a word
 //   void PutControl(int rank, int64_t offset, uint32_t v)   one thread; a word of the rank's arena
+//   kInPlace     whether stores reach the other ranks' memory. Then slots are written where they
+//                are read, without staging:
+//   char* At(int rank, int64_t offset)                 there
+//   void Signal(int rank, int64_t word, uint64_t v)    one thread; releases, and sets a word
 //
-// Memory order. Before a put and before an addition lane 0 fences at system scope, after a warp
-// barrier: what all lanes wrote (read) comes before. Words are acquired by lane 0, and a warp
-// barrier passes that on. Bulk copies are completed by the stage (EndWrites).
+// Memory order. Before a put and before an addition lane 0 fences at system scope, and a signal is
+// a release, after a warp barrier: what all lanes wrote (read) comes before. Words are acquired by
+// lane 0, and a warp barrier passes that on. Bulk copies are completed by the stage (EndWrites).
+//
+// Small code. A stage's warps run through all of its code for every token, and warps of different
+// stages share an SM: code that does not fit its instruction cache costs more than the rows. So
+// what every stage calls is compiled once (__noinline__), and nothing in the loop divides.
 //
 // A wait that lasts too long ends as on one node, and whoever gives up or sees that another rank
 // did tells all ranks on other nodes. So that the rank that does not come is named, those who wait
@@ -39,6 +47,7 @@ struct Params {
   Op op;
   const Context* context;  // in the GPU's memory
   int64_t slot_bytes;      // Config's
+  int32_t num_nodes;       // before any mask
   Net net;
 };
 
@@ -93,12 +102,10 @@ class Rank {
     return ranks;
   }
 
-  /// Warps of the launch, numbered so that neighbours lie in different blocks. Kernels give the
-  /// first ones a Stage each, num_channels to each ring's end that the rank has.
-  __device__ int warp() const {
-    return static_cast<int>(threadIdx.x / 32 * gridDim.x + blockIdx.x);
+  /// Rows of a token in this node, about: of evenly spread selections, and at least one.
+  __device__ int RowsOfToken(int top_k) const {
+    return max(1, top_k * nodes().SizeOf(node_) / nodes().num_ranks);
   }
-  __device__ int num_warps() const { return static_cast<int>(blockDim.x / 32 * gridDim.x); }
   /// The i-th of the num_nodes - 1 other nodes.
   __device__ int OtherNode(int i) const { return i < node_ ? i : i + 1; }
   /// The number of the i-th rank on another node that this rank stands for; -1: there are fewer.
@@ -121,13 +128,23 @@ class Rank {
   }
   /// Releases what all lanes wrote, and puts bytes [from, from + num_bytes) of own registered
   /// memory to `to` at another rank, then the word. All lanes.
-  __device__ void Put(int number, int64_t to, int64_t from, int64_t num_bytes, int64_t word,
-                      uint64_t v) const {
+  __device__ __noinline__ void Put(int number, int64_t to, int64_t from, int64_t num_bytes,
+                                   int64_t word, uint64_t v) const {
     Release();
     net_.PutWarp(RankOf(number), to, At(from), num_bytes, word, v);
   }
+  /// Releases what all lanes wrote, and sets a word of another rank. All lanes. If Net::kInPlace.
+  __device__ __noinline__ void Signal(int number, int64_t word, uint64_t v) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) net_.Signal(RankOf(number), word, v);
+    __syncwarp();
+  }
+  /// A place in another rank's registered memory, at which stores reach it. If Net::kInPlace.
+  __device__ char* AtOther(int number, int64_t offset) const {
+    return net_.At(RankOf(number), offset);
+  }
   /// Releases what all lanes did, and adds to a word of another rank. All lanes.
-  __device__ void Add(int number, int64_t word, uint64_t v) const {
+  __device__ __noinline__ void Add(int number, int64_t word, uint64_t v) const {
     Release();
     if (threadIdx.x % 32 == 0) net_.Add(RankOf(number), word, v);
   }
@@ -152,7 +169,8 @@ class Rank {
 
   /// Waits until a word of own registered memory, which counts up, has reached `least`; acquires
   /// it. False if a rank gave up. All lanes, of which one polls.
-  __device__ bool WaitFor(int64_t word, uint64_t least, Phase phase, int peer_number) const {
+  __device__ __noinline__ bool WaitFor(int64_t word, uint64_t least, Phase phase,
+                                       int peer_number) const {
     bool came = true;
     if (threadIdx.x % 32 == 0) {
       const auto* const at = reinterpret_cast<const uint64_t*>(At(word));
@@ -196,8 +214,8 @@ class Rank {
 /// Work, which calls Wrote for the slot that it fills and has read its inputs when it returns;
 /// and
 ///
-///   RingPlace Input(int i) const      num_slots 0: there is none
-///   RingPlace Output(int o) const     the same
+///   const RingPlace& Input(int i) const      num_slots 0: there is none; if it has inputs
+///   const RingPlace& Output(int o) const     if it has an output
 ///   void EndWrites()                  before slots are put: copies into them are complete
 ///
 /// Slots of an op are as far apart as it needs, so that puts of several have no gaps: a SlotHeader,
@@ -218,74 +236,76 @@ class WarpStage {
 
   /// To the end of the op. False: somebody gave up.
   __device__ bool Run() {
-    for (int i = 0; i < kInputs; ++i) {
-      const RingPlace ring = self().Input(i);
-      if (ring.num_slots > 0) stage_.in[i].Begin(Word(ring.taken), ring.num_slots);
+    if constexpr (kInputs > 0) {
+      for (int i = 0; i < kInputs; ++i) {
+        const RingPlace& ring = self().Input(i);
+        if (ring.num_slots > 0) stage_.in[i].Begin(Word(ring.taken), ring.num_slots);
+      }
     }
-    for (int o = 0; o < kOutputs; ++o) {
-      const RingPlace ring = self().Output(o);
-      if (ring.num_slots == 0) continue;
+    if constexpr (kOutputs > 0) {
+      const RingPlace& ring = self().Output(0);
       const uint64_t sent = Word(ring.sent);
-      stage_.out[o].Begin(sent, ring.num_slots, ring.batch);
+      stage_.out[0].Begin(sent, ring.num_slots, ring.batch);
       if (!AwaitEmpty(ring, sent)) return false;
-      stage_.out[o].credits = sent;
+      stage_.out[0].credits = sent;
     }
     __syncwarp();  // lane 0 writes these words at the end
-    for (Progress progress = stage_.Step(self()); progress != Progress::kDone;
-         progress = stage_.Step(self())) {
+    for (Progress progress = Progress::kMoved; progress != Progress::kDone;) {
+      progress = stage_.Step(self());
       if (progress == Progress::kWaits && !Wait()) return false;
     }
-    if (lane_ == 0) {
-      for (int i = 0; i < kInputs; ++i) {
-        const RingPlace ring = self().Input(i);
-        if (ring.num_slots > 0) Word(ring.taken) = stage_.in[i].taken;
-      }
-      for (int o = 0; o < kOutputs; ++o) {
-        const RingPlace ring = self().Output(o);
-        if (ring.num_slots > 0) Word(ring.sent) = stage_.out[o].sent;
-      }
-      const int way = static_cast<int>(direction_);
-      if (tokens_put_ > 0) atomicAdd(&rank_.state()->tokens_put[way], tokens_put_);
-      if (bytes_put_ > 0) atomicAdd(&rank_.state()->bytes_put[way], bytes_put_);
-    }
+    if (lane_ == 0) StorePositions();
     return true;
   }
 
   // ---- for Stage ----
 
   __device__ uint64_t Arrived(int i, uint32_t slot) {
-    return rank_.Load(self().Input(i).arrived + int64_t{slot} * 8);
+    if constexpr (kInputs > 0) return rank_.Load(self().Input(i).arrived + int64_t{slot} * 8);
+    return 0;
   }
   __device__ void Free(int i, uint64_t tokens) {
-    const RingPlace ring = self().Input(i);
-    rank_.Add(ring.sender, ring.credits, tokens);
+    if constexpr (kInputs > 0) {
+      const RingPlace& ring = self().Input(i);
+      rank_.Add(ring.sender, ring.credits, tokens);
+    }
   }
-  __device__ uint64_t Credits(int o) { return rank_.Load(self().Output(o).credits); }
+  __device__ uint64_t Credits(int o) {
+    if constexpr (kOutputs > 0) return rank_.Load(self().Output(o).credits);
+    return 0;
+  }
   __device__ void HandOver(int o, uint64_t first, uint64_t end) {
-    self().EndWrites();
-    const RingPlace ring = self().Output(o);
-    const auto slot = static_cast<int64_t>(first % ring.num_slots);
-    // Slots lie next to each other; the last one goes as far as it is filled.
-    const int64_t bytes = static_cast<int64_t>(end - first - 1) * slot_bytes_ + last_slot_bytes_;
-    rank_.Put(ring.receiver, ring.slots + slot * slot_bytes_, ring.staging + slot * slot_bytes_,
-              bytes, ring.arrived + slot * 8, end);
-    bytes_put_ += static_cast<unsigned long long>(bytes);
+    if constexpr (kOutputs > 0) {
+      self().EndWrites();
+      const RingPlace& ring = self().Output(o);
+      const int64_t slot = stage_.out[o].FirstHeldSlot();
+      // Slots lie next to each other; the last one goes as far as it is filled.
+      const int64_t bytes = static_cast<int64_t>(end - first - 1) * slot_bytes_ + last_slot_bytes_;
+      if constexpr (Net::kInPlace) {
+        rank_.Signal(ring.receiver, ring.arrived + slot * 8, end);
+      } else {
+        rank_.Put(ring.receiver, ring.slots + slot * slot_bytes_, ring.staging + slot * slot_bytes_,
+                  bytes, ring.arrived + slot * 8, end);
+      }
+      bytes_put_ += static_cast<unsigned long long>(bytes);
+    }
   }
   __device__ void Outputs(Bits<kOutputs>& outputs) {
     if (kOutputs > 0) outputs.Set(0);
   }
   __device__ void EndWrites() {}
-  __device__ RingPlace Input(int) const { return {}; }
-  __device__ RingPlace Output(int) const { return {}; }
 
  protected:
   /// The slot of input i that Work reads.
   __device__ const char* InputSlot(int i) const {
     return rank_.At(self().Input(i).slots + int64_t{stage_.InputSlot(i)} * slot_bytes_);
   }
-  /// The slot that Work writes, in staging memory.
+  /// The slot that Work writes: the receiver's, or in staging memory.
   __device__ char* OutputSlot() const {
-    return rank_.At(self().Output(0).staging + int64_t{stage_.OutputSlot(0)} * slot_bytes_);
+    const RingPlace& ring = self().Output(0);
+    const int64_t at = int64_t{stage_.OutputSlot(0)} * slot_bytes_;
+    if constexpr (Net::kInPlace) return rank_.AtOther(ring.receiver, ring.slots + at);
+    return rank_.At(ring.staging + at);
   }
   /// `num_bytes`: of the slot that Work has filled, a multiple of 16.
   __device__ void Wrote(int64_t num_bytes, bool has_row) {
@@ -310,16 +330,34 @@ class WarpStage {
   }
   /// Until what the stage waits for is there; the next step acquires it.
   __device__ bool Wait() {
-    const int i = stage_.ready;
-    if (stage_.phase == decltype(stage_)::kInputs) {
-      const RingPlace ring = self().Input(i);
-      return rank_.WaitFor(ring.arrived + int64_t{stage_.InputSlot(i)} * 8, stage_.in[i].taken + 1,
-                           Phase::kRingTail, ring.sender);
+    if constexpr (kInputs > 0) {
+      if (stage_.phase == decltype(stage_)::kInputs) {
+        const int i = stage_.ready;
+        const RingPlace& ring = self().Input(i);
+        return rank_.WaitFor(ring.arrived + int64_t{stage_.InputSlot(i)} * 8,
+                             stage_.in[i].taken + 1, Phase::kRingTail, ring.sender);
+      }
     }
-    const SenderEnd& end = stage_.out[i];
-    const RingPlace ring = self().Output(i);
-    return rank_.WaitFor(ring.credits, end.sent - end.num_slots + 1, Phase::kRingHead,
-                         ring.receiver);
+    if constexpr (kOutputs > 0) {
+      const SenderEnd& end = stage_.out[0];
+      const RingPlace& ring = self().Output(0);
+      return rank_.WaitFor(ring.credits, end.sent - end.num_slots + 1, Phase::kRingHead,
+                           ring.receiver);
+    }
+    return true;
+  }
+  /// For the next op. One lane.
+  __device__ void StorePositions() {
+    if constexpr (kInputs > 0) {
+      for (int i = 0; i < kInputs; ++i) {
+        const RingPlace& ring = self().Input(i);
+        if (ring.num_slots > 0) Word(ring.taken) = stage_.in[i].taken;
+      }
+    }
+    if constexpr (kOutputs > 0) Word(self().Output(0).sent) = stage_.out[0].sent;
+    const int way = static_cast<int>(direction_);
+    if (tokens_put_ > 0) atomicAdd(&rank_.state()->tokens_put[way], tokens_put_);
+    if (bytes_put_ > 0) atomicAdd(&rank_.state()->bytes_put[way], bytes_put_);
   }
 
   Stage<kInputs, kOutputs> stage_{};

@@ -1,9 +1,11 @@
 // How the exchange between nodes is set up, for drawn nodes and any ranks masked.
 #include "csrc/ep/two_hop_config.h"
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
+#include "csrc/ep/two_hop_roles.h"
 #include "tests/cpp/check.h"
 #include "tests/cpp/number_formats.h"
 
@@ -79,7 +81,7 @@ TEST(AnyMaskFits) {
           }
         }
         const int ends = nodes.num_nodes - 1 + static_cast<int>(sources.size());
-        CHECK(ends * config.num_channels < shape.arena.num_sms * kWarpsPerBlock);
+        CHECK(ends * config.num_channels <= shape.arena.num_sms * kWarpsPerBlock);
         if (r != context.number) continue;
         CHECK_EQ(context.num_sources, static_cast<int>(sources.size()));
         for (size_t i = 0; i < sources.size(); ++i) {
@@ -110,6 +112,63 @@ TEST(TooLittleMemory) {
   const Status status = MakeConfig(shape, 0, 1000, config);
   CHECK(!status.ok());
   CHECK_CONTAINS(status.message(), "bytes of registered memory, got 1000");
+}
+
+/// Every part of every role has one warp; the last role may take the warps that are left.
+template <int kRoles>
+void CheckRoles(int blocks, const Role (&given)[kRoles]) {
+  const Roles<kRoles> roles(blocks, given);
+  std::vector<std::vector<bool>> seen(kRoles);
+  for (int block = 0; block < blocks; ++block) {
+    int role_of_block = -1;
+    for (int warp = 0; warp < kWarpsPerBlock; ++warp) {
+      const Part part = roles.Of(block, warp);
+      if (part.role == kRoles) continue;
+      if (roles.apart()) {
+        CHECK(role_of_block < 0 || role_of_block == part.role);
+        role_of_block = part.role;
+      }
+      std::vector<bool>& parts = seen[part.role];
+      if (parts.empty()) parts.resize(part.num_parts);
+      CHECK_EQ(part.num_parts, static_cast<int>(parts.size()));
+      CHECK(part.number >= 0 && part.number < part.num_parts);
+      CHECK(!parts[part.number]);
+      parts[part.number] = true;
+    }
+  }
+  for (int r = 0; r < kRoles; ++r) {
+    const auto parts = static_cast<int>(seen[r].size());
+    CHECK(given[r].num_parts == Role::kAny ? parts > 0 : parts == given[r].num_parts);
+    for (const bool has_warp : seen[r]) CHECK(has_warp);
+  }
+}
+
+TEST(RolesOfWarps) {
+  for (const int blocks : {1, 2, 3, 16, 33, 132}) {
+    const int warps = blocks * kWarpsPerBlock;
+    for (const int ends : {2, 3, 8, 15}) {
+      if (warps < ends + 1) continue;
+      const int channels = std::max(1, warps * 3 / 4 / ends);
+      const int half = channels * (ends / 2);
+      const int rest = channels * ends - half;
+      CheckRoles<3>(blocks, {{half, 4 * half}, {rest, 5 * rest}, {Role::kAny, 5 * channels}});
+      CheckRoles<3>(blocks, {{half, 1}, {rest, 1000}, {Role::kAny, 1}});
+      CheckRoles<2>(blocks, {{half, 6}, {rest, 7}});
+    }
+    CheckRoles<3>(blocks, {{0, 0}, {0, 0}, {Role::kAny, 1}});  // a node alone
+  }
+  // Blocks go to the roles by their work, but no fewer than their parts need.
+  const Roles<3> roles(16, {{80, 40}, {80, 50}, {Role::kAny, 60}});
+  CHECK(roles.apart());
+  CHECK_EQ(roles.blocks(0), 5);
+  CHECK_EQ(roles.blocks(1), 5);
+  CHECK_EQ(roles.blocks(2), 6);
+  const Roles<3> alone(16, {{0, 0}, {0, 0}, {Role::kAny, 1}});
+  CHECK_EQ(alone.blocks(2), 16);
+  const Roles<2> first(16, {{16, 1}, {0, 0}});
+  CHECK_EQ(first.blocks(0), 16);
+  const Roles<2> few(2, {{17, 1}, {1, 1}});
+  CHECK(!few.apart());
 }
 
 }  // namespace

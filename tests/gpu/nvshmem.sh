@@ -7,19 +7,21 @@
 #
 #   one_node   low_latency_suite.py, exchange_suite.py and nvshmem_suite.py at each of $RANKS processes (default: 2 4 8),
 #              arenas in NVSHMEM's memory
-#   nodes      the same over virtual nodes, all of whose rows go by NVSHMEM's puts, $NODES (default: 2x1 2x2 2x4 4x2 8x1 8/3; nodes x ranks of each, or ranks / ranks
-#              of a node, of which the last one has what is left)
+#   nodes      the same over virtual nodes, all of whose rows go by NVSHMEM's puts, $NODES (default: 2x1 2x2 2x4 4x2 8x1 8/3;
+#              nodes x ranks of each, or ranks / ranks of a node, of which the last one has what is left)
+#   stores     the same over $STORE_NODES (default: 2x4 8/3), rows written in place by stores, as virtual nodes do by default
 #   bench      times the throughput ops at 4096 tokens, hidden 7168, top 8 of 256 experts, 16 SMs a rank: 8 ranks as one
-#              node, as $BENCH_NODES (default: 2x4) with this library's copies, and with NVSHMEM's puts only; and the
+#              node, as $BENCH_NODES (default: 2x4) with stores, and with NVSHMEM's puts only; and the
 #              ratios; figures go to $LOGS/bench_*.jsonl too
 #
-# Default: one_node and nodes. CHECKS, LL_CHECKS, EXCHANGE_CHECKS: checks of the suites; BENCH_OPS: parts of names of the
-# ops of benchmarks/exchange_gpu.py.
+# Default: one_node, nodes and stores. CHECKS, LL_CHECKS, EXCHANGE_CHECKS: checks of the suites; BENCH_OPS: parts of names
+# of the ops of benchmarks/exchange_gpu.py.
 set -u -o pipefail
 cd "$(dirname "$0")/../.."
 . tests/gpu/steps.sh
 RANKS=${RANKS:-2 4 8}
 NODES=${NODES:-2x1 2x2 2x4 4x2 8x1 8/3}
+STORE_NODES=${STORE_NODES:-2x4 8/3}
 BENCH_NODES=${BENCH_NODES:-2x4}
 BENCH_OPS=${BENCH_OPS:-"dispatch push;combine pull;dispatch grad pull;combine grad"}
 LL_CHECKS=${LL_CHECKS:-values kept masked loop bad_index}
@@ -66,19 +68,25 @@ bench() {  # name group's settings
     benchmarks/exchange_gpu.py --sms 16 --form chain --ops "${ops[@]}" --json "$LOGS/$1.jsonl"
 }
 
-for name in ${@:-one_node nodes}; do
+over_nodes() {  # shape
+  read_shape "$1"
+  export WIDEEP_NODE_SIZE=$node_size
+  suites "nvshmem_${1//\//_}" "$ranks" "{\"transport\": \"nvshmem\", \"node_size\": $node_size}"
+  unset WIDEEP_NODE_SIZE
+}
+
+for name in ${@:-one_node nodes stores}; do
   case $name in
     one_node)
       for ranks in $RANKS; do
         suites nvshmem_one_node "$ranks" '{"transport": "nvshmem"}'
       done ;;
     nodes)
-      for shape in $NODES; do
-        read_shape "$shape"
-        export WIDEEP_NODE_SIZE=$node_size WIDEEP_NVSHMEM_ONLY_PUTS=1
-        suites "nvshmem_${shape//\//_}" "$ranks" "{\"transport\": \"nvshmem\", \"node_size\": $node_size}"
-        unset WIDEEP_NODE_SIZE WIDEEP_NVSHMEM_ONLY_PUTS
-      done ;;
+      export WIDEEP_NVSHMEM_ONLY_PUTS=1
+      for shape in $NODES; do over_nodes "$shape"; done
+      unset WIDEEP_NVSHMEM_ONLY_PUTS ;;
+    stores)
+      for shape in $STORE_NODES; do over_nodes "$shape"; done ;;
     bench)
       read_shape "$BENCH_NODES"
       # Chunks of 8: nothing here is low-latency, and arenas' mirrors are of that size.

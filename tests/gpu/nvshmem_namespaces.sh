@@ -57,7 +57,7 @@ pair() {  # suite.py check..
       NVSHMEM_REMOTE_TRANSPORT=ucx NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME=wideep0 NVSHMEM_SYMMETRIC_SIZE=1G \
       NVSHMEM_HEAP_KIND="${HEAP:-VIDMEM}" NVSHMEM_DEBUG="${NVSHMEM_DEBUG:-INFO}" \
       UCX_TLS=tcp,cuda_copy UCX_NET_DEVICES=wideep0 LD_LIBRARY_PATH="$UCX_LIB:${LD_LIBRARY_PATH:-}" \
-      timeout --kill-after=5 280 python3 "$@" >"$scratch/log$i" 2>&1 </dev/null &
+      timeout --kill-after=5 "${LIMIT_S:-280}" python3 "$@" >"$scratch/log$i" 2>&1 </dev/null &
     pids+=($!)
   done
   for i in "${pids[@]}"; do wait "$i" || status=1; done
@@ -74,5 +74,6 @@ if [ $# -gt 0 ]; then
 else
   pair tests/gpu/low_latency_suite.py values || failed=1
   pair tests/gpu/exchange_suite.py values || failed=1
-fi 2>&1 | tee -a "$LOGS/nvshmem_namespaces.log"
-exit "${PIPESTATUS[0]}"
+fi >>"$LOGS/nvshmem_namespaces.log" 2>&1
+tail -n 400 "$LOGS/nvshmem_namespaces.log"
+exit $failed

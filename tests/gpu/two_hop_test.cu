@@ -1,5 +1,6 @@
 // The kernels of the exchange between nodes with virtual ranks on virtual nodes of one GPU, against
-// the host's. The network copies.
+// the host's. Rows go by puts from staging memory that copy (RingNet), or are written in place
+// (MappedNet).
 #include <vector>
 
 #include "tests/gpu/cuda_machine.h"
@@ -9,7 +10,8 @@ namespace wideep {
 namespace testing {
 namespace {
 
-using Group = TwoHopGroup<CudaMachine>;
+template <typename Net>
+using Group = TwoHopGroup<CudaMachine, Net>;
 
 GroupSettings Ranks(int num_ranks) {
   GroupSettings group;
@@ -24,10 +26,11 @@ GroupSettings Ranks(int num_ranks) {
 
 const std::vector<int> kNodes[] = {{4, 4}, {2, 2, 2, 2}, {1, 1, 1}, {2, 1}, {5, 3}, {4}};
 
-TEST(EveryOp) {
+template <typename Net>
+void RunEveryOp() {
   uint64_t seed = 0;
   for (const std::vector<int>& sizes : kNodes) {
-    Group group(Ranks(NumRanks(sizes)), sizes, ++seed);
+    Group<Net> group(Ranks(NumRanks(sizes)), sizes, ++seed);
     for (const DType dtype : kFloatDTypes) {
       for (const int64_t capacity : {0, 160}) {
         ExchangeCase c;
@@ -42,8 +45,11 @@ TEST(EveryOp) {
   }
 }
 
+TEST(EveryOp) { RunEveryOp<RingNet>(); }
+TEST(EveryOpInPlace) { RunEveryOp<MappedNet>(); }
+
 TEST(EveryRouting) {
-  Group group(Ranks(8), {4, 4}, 11);
+  Group<MappedNet> group(Ranks(8), {4, 4}, 11);
   for (const Routing routing : kAllRoutings) {
     ExchangeCase c;
     c.routing = routing;
@@ -53,8 +59,9 @@ TEST(EveryRouting) {
   }
 }
 
-TEST(ManyTimesWithDelays) {
-  Group group(Ranks(8), {4, 4}, 12);
+template <typename Net>
+void RunManyTimes() {
+  Group<Net> group(Ranks(8), {4, 4}, 12);
   for (int repeat = 0; repeat < 50; ++repeat) {
     ExchangeCase c;
     c.num_tokens = repeat % 5 == 0 ? 1 : 40 + repeat;
@@ -64,8 +71,12 @@ TEST(ManyTimesWithDelays) {
   }
 }
 
-TEST(Masks) {
-  Group group(Ranks(8), {4, 4}, 13);
+TEST(ManyTimesWithDelays) { RunManyTimes<RingNet>(); }
+TEST(ManyTimesWithDelaysInPlace) { RunManyTimes<MappedNet>(); }
+
+template <typename Net>
+void RunMasks() {
+  Group<Net> group(Ranks(8), {4, 4}, 13);
   ExchangeCase c;
   c.num_tokens = 100;
   c.hidden = 128;
@@ -75,6 +86,9 @@ TEST(Masks) {
     if (!group.Run(c)) return;
   }
 }
+
+TEST(Masks) { RunMasks<RingNet>(); }
+TEST(MasksInPlace) { RunMasks<MappedNet>(); }
 
 }  // namespace
 }  // namespace testing

@@ -10,8 +10,9 @@
 namespace wideep {
 namespace testing {
 
-/// MappedNet; or, with an outbox, messages.
+/// Puts from staging memory: MappedNet's; or, with an outbox, messages.
 struct RingNet : MappedNet {
+  static constexpr bool kInPlace = false;
   Outbox* outbox;  // of the rank that sends
 
   __device__ void PutWarp(int rank, int64_t to, const char* from, int64_t num_bytes, int64_t signal,

@@ -12,11 +12,11 @@
 namespace wideep {
 namespace testing {
 
-template <typename Machine>
-std::vector<std::shared_ptr<TwoHop>> MakeTwoHops(const VirtualNodes<Machine>& nodes) {
+template <typename Machine, typename Net>
+std::vector<std::shared_ptr<TwoHop>> MakeTwoHops(const VirtualNodes<Machine, Net>& nodes) {
   std::vector<std::shared_ptr<TwoHop>> two_hops(nodes.shape().node_of_rank.size());
   for (size_t rank = 0; rank < two_hops.size(); ++rank) {
-    const RingNet net = nodes.NetOf(static_cast<int>(rank));
+    const Net net = nodes.NetOf(static_cast<int>(rank));
     const TwoHopSettings settings{nodes.shape(), static_cast<int>(rank), net.memory[rank],
                                   nodes.memory_bytes()};
     const Status status = MakeTwoHop(settings, net, two_hops[rank]);
@@ -26,7 +26,7 @@ std::vector<std::shared_ptr<TwoHop>> MakeTwoHops(const VirtualNodes<Machine>& no
 }
 
 /// One group over nodes through several cases, so that rings go on where they were.
-template <typename Machine>
+template <typename Machine, typename Net = RingNet>
 class TwoHopGroup {
  public:
   TwoHopGroup(const GroupSettings& settings, const std::vector<int>& node_sizes, uint64_t seed)
@@ -86,7 +86,7 @@ class TwoHopGroup {
 
   Random random_;
   VirtualRanks<Machine> ranks_;
-  VirtualNodes<Machine> nodes_;
+  VirtualNodes<Machine, Net> nodes_;
   OverNodes over_nodes_;
 };
 

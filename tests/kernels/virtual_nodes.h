@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "csrc/ep/two_hop_rank.cuh"
@@ -18,8 +19,9 @@ inline int NumRanks(const std::vector<int>& node_sizes) {
   return std::accumulate(node_sizes.begin(), node_sizes.end(), 0);
 }
 
-/// Nodes of the given sizes over `ranks`. Other nodes' arenas have no address.
-template <typename Machine>
+/// Nodes of the given sizes over `ranks`. Other nodes' arenas have no address. `Net`: RingNet,
+/// which puts from staging memory, or MappedNet, which writes in place.
+template <typename Machine, typename Net = RingNet>
 class VirtualNodes {
  public:
   /// By default rings are short, and go round with few tokens.
@@ -62,15 +64,18 @@ class VirtualNodes {
   const two_hop::GroupShape& shape() const { return shape_; }
   const two_hop::Context& context(int rank) const { return contexts_[rank]; }
   const two_hop::Nodes& nodes() const { return contexts_[0].layout.config().nodes; }
-  RingNet NetOf(int rank) const {
-    RingNet net = net_;
-    if (!outboxes_.empty()) net.outbox = outboxes_[rank];
+  Net NetOf(int rank) const {
+    Net net = net_;
+    if constexpr (std::is_same_v<Net, RingNet>) {
+      if (!outboxes_.empty()) net.outbox = outboxes_[rank];
+    }
     return net;
   }
   int64_t memory_bytes() const { return memory_bytes_; }
 
   /// From now on messages are late. The machine has a NetworkStream for each rank.
   void DeliverLate() {
+    static_assert(std::is_same_v<Net, RingNet>, "stores are not delivered");
     for (int rank = 0; rank < ranks_.num_ranks(); ++rank) {
       outboxes_.push_back(static_cast<Outbox*>(ranks_.machine().Allocate(rank, sizeof(Outbox))));
     }
@@ -96,9 +101,10 @@ class VirtualNodes {
 
   /// What LaunchTwoHop.. take, from an op's params.
   template <typename Op>
-  two_hop::Params<Op, RingNet> Params(int rank, const Op& op) const {
-    two_hop::Params<Op, RingNet> params{op, ContextOnGpu(rank),
-                                        contexts_[rank].layout.config().slot_bytes, NetOf(rank)};
+  two_hop::Params<Op, Net> Params(int rank, const Op& op) const {
+    two_hop::Params<Op, Net> params{op, ContextOnGpu(rank),
+                                    contexts_[rank].layout.config().slot_bytes, shape_.num_nodes(),
+                                    NetOf(rank)};
     params.op.peers.node_ranks = contexts_[rank].node_ranks;
     return params;
   }
@@ -126,7 +132,7 @@ class VirtualNodes {
 
   VirtualRanks<Machine>& ranks_;
   two_hop::GroupShape shape_;
-  RingNet net_{};
+  Net net_{};
   int64_t memory_bytes_ = 0;
   std::vector<two_hop::Context> contexts_;
   std::vector<Outbox*> outboxes_;  // none: messages are not late

@@ -71,6 +71,31 @@ TEST(Masks) {
   }
 }
 
+/// Stores reach all ranks: slots are written where they are read.
+TEST(InPlace) {
+  using InPlaceGroup = TwoHopGroup<NetworkedMachine, MappedNet>;
+  uint64_t seed = 60;
+  for (const std::vector<int>& sizes : kNodes) {
+    InPlaceGroup group(Small(NumRanks(sizes)), sizes, ++seed);
+    for (const int64_t num_tokens : {33, 0, 50}) {
+      ExchangeCase c;
+      c.dtype = kFloatDTypes[seed % 3];
+      c.num_tokens = num_tokens;
+      c.capacity = seed % 2 == 0 ? 60 : 0;
+      c.delay_us = num_tokens == 50 ? 50 : 0;
+      if (!group.RunAndCount(c)) return;
+    }
+  }
+  InPlaceGroup group(Small(4), {2, 2}, ++seed);
+  ExchangeCase c;
+  c.num_tokens = 17;
+  for (const uint32_t masked : {0b0100u, 0b0011u, 0b0000u}) {
+    c.masked = masked;
+    c.masked_run = masked != 0b0100u;
+    if (!group.Run(c)) return;
+  }
+}
+
 }  // namespace
 }  // namespace testing
 }  // namespace wideep
