@@ -114,7 +114,7 @@ WIDEEP_HOST_DEVICE constexpr ChannelTokens TokensOf(int64_t num_tokens, int chan
 ///   arrived   at receiver  [num_slots] u64 by the sender: the position after the batch that begins
 ///                          in the slot
 ///   taken     at receiver  u64 by the receiver: its position between ops
-///   staging   at sender    [num_slots] by the sender; -1: it writes the receiver's slots in place
+///   staging   at sender    [num_slots] by the sender, for puts
 ///   credits   at sender    u64 by the receiver, which adds: tokens taken out so far
 ///   sent      at sender    u64 by the sender: its position between ops
 struct RingPlace {
