@@ -66,7 +66,8 @@ class ExpertGroup:
         is: zero_copy has to be "auto", and the forms do not count; combine sums by node, then rank, then k, with one
         rounding for each row that crosses. "auto" is nvshmem where the mesh spans hosts, and otherwise peer.
       node_size: with NVSHMEM: ranks of a node, consecutive ones, which use each other's memory directly; between
-        nodes rows go by NVSHMEM's puts. None: the ranks of a host. Fewer than those make virtual nodes of a host.
+        nodes rows go by NVSHMEM's puts. None: the ranks of a host. Fewer than those make virtual nodes of a host,
+        between which stores do what puts do.
 
     The backend "cuda" needs GPUs of compute capability 9.0, NVSHMEM on several hosts, at most 16 ranks, and peers that
     reach each other's memory. It maps the allocation that JAX's buffers come from, so leave JAX's memory preallocated
