@@ -285,14 +285,12 @@ def _nodes(
         for side_by_side in settings.devices.T:
             hosts = [hello[device.process_index]["host"] for device in side_by_side]
             nodes.append(_nvshmem.node_of_rank(settings.num_ranks, settings.node_size, hosts))
-        if _spans_nodes(nodes) and settings.zero_copy == "off":
-            raise ValueError(
-                "ExpertGroup: zero_copy: expected 'auto' for a group over several nodes, whose ranks read and write "
-                "each other's rows in place within a node, got 'off'; use zero_copy='auto'"
-            )
     except ValueError:
         meeting.let_all_hear("hello")
         raise
+    if settings.zero_copy == "off" and _spans_nodes(nodes):
+        # Within a node ranks read and write each other's rows in place: without that, a node is one rank.
+        return [list(range(settings.num_ranks)) for _ in nodes]
     return nodes
 
 
@@ -326,7 +324,8 @@ def _check_regions(
                 meeting.let_all_hear("memory")
                 raise _bootstrap.UnavailableError(
                     f"the group is over several nodes, and JAX's memory of rank {rank['rank']} cannot be mapped by the "
-                    "other ranks of its node; leave XLA_PYTHON_CLIENT_ALLOCATOR at its default"
+                    "other ranks of its node; leave XLA_PYTHON_CLIENT_ALLOCATOR at its default, or set "
+                    "zero_copy='off', with which a token crosses once to each rank in place of each node"
                 )
 
 

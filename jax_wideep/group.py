@@ -50,7 +50,8 @@ class ExpertGroup:
         fewer where ranks share a GPU, so that two exchanges of each fit; all of its GPU for a group of one rank.
         After construction: the number chosen.
       zero_copy: on the backend "cuda": "auto" moves rows between XLA's own buffers where peers can map them;
-        "off" sends everything through fixed-size rings, with the same results.
+        "off" sends everything through fixed-size rings, with the same results; over several nodes each rank is then a
+        node of its own, to which a token crosses once, and combine rounds each rank's sum.
       dispatch_form: on the backend "cuda": "push" has senders write every row to its place, "pull" has receivers
         read each token once and copy it to all its rows there. The results are the same bits. "auto": push where
         ranks share a GPU, or where a token's experts are mostly on different ranks (top_k at most 1.25 times the
@@ -63,8 +64,8 @@ class ExpertGroup:
       transport: on the backend "cuda": "peer" has GPUs of one host map each other's memory; "nvshmem" takes NVSHMEM's
         memory, which reaches other hosts too (one process for each GPU; `pip install nvidia-nvshmem-cu13`, and a build
         with it). Over several nodes a token crosses once to each node that hosts experts of it, in the one way there
-        is: zero_copy has to be "auto", and the forms do not count; combine sums by node, then rank, then k, with one
-        rounding for each row that crosses. "auto" is nvshmem where the mesh spans hosts, and otherwise peer.
+        is: the forms do not count; combine sums by node, then rank, then k, with one rounding for each row that
+        crosses. "auto" is nvshmem where the mesh spans hosts, and otherwise peer.
       node_size: with NVSHMEM: ranks of a node, consecutive ones, which use each other's memory directly; between
         nodes rows go by NVSHMEM's puts. None: the ranks of a host. Fewer than those make virtual nodes of a host,
         between which stores do what puts do.

@@ -387,11 +387,26 @@ def test_nodes_of_groups_side_by_side_are_apart(connect_all, fake_nvshmem, descr
     assert all(len(across) == 1 for across in module.across.values())
 
 
+@pytest.mark.parametrize("regions", [0, 1])
+def test_without_zero_copy_every_rank_is_a_node(connect_all, fake_nvshmem, descriptors_swapped, regions):
+    """Memory of JAX that cannot be mapped (no regions) does then."""
+    module = NvshmemModule(gpus_of_host=16, regions=regions)
+    results = connect_all([[0], [1], [2], [3]], module, transport="nvshmem", node_size=2, zero_copy="off")
+    assert all(isinstance(result, _peer_transport.PeerTransport) for result in results.values()), results
+    assert descriptors_swapped == {}
+    assert all(len(across) == 1 for across in module.across.values())
+    for process, (rank,) in module.opened.items():
+        assert rank.peers == {}
+        assert rank.arenas == {
+            peer: (1000 + peer, False) if peer == process else (2000 + peer, True) for peer in range(4)
+        }
+
+
 @pytest.mark.parametrize(
     ("module", "settings", "kind", "words"),
     [
-        ({}, {"zero_copy": "off"}, ValueError, "zero_copy: expected 'auto' for a group over several nodes"),
         ({"regions": 0}, {}, _bootstrap.UnavailableError, "JAX's memory of rank 0 cannot be mapped"),
+        ({"regions": 0}, {}, _bootstrap.UnavailableError, "or set zero_copy='off'"),
         ({"mapping_fails_in": 1}, {}, _bootstrap.UnavailableError, "process 1: cuMemMap"),
     ],
 )

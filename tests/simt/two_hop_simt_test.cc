@@ -71,6 +71,23 @@ TEST(Masks) {
   }
 }
 
+/// Ranks that are alone on their nodes need no memory that others can map.
+TEST(NothingMapped) {
+  GroupSettings settings = Small(3);
+  settings.zero_copy = false;
+  for (const bool late : {false, true}) {
+    Group group(settings, {1, 1, 1}, late ? 71 : 70);
+    if (late) group.DeliverLate();
+    for (const DType dtype : kFloatDTypes) {
+      ExchangeCase c;
+      c.dtype = dtype;
+      c.num_tokens = 21;
+      c.capacity = late ? 50 : 0;
+      if (!group.RunAndCount(c)) return;
+    }
+  }
+}
+
 /// Stores reach all ranks: slots are written where they are read.
 TEST(InPlace) {
   using InPlaceGroup = TwoHopGroup<NetworkedMachine, MappedNet>;
